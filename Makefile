@@ -1,0 +1,38 @@
+# Every target makes its own .venv the first time, from pyproject.toml and the exact versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install demo test check bench clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tasks,dev]"
+	touch $@
+
+# A small convolutional network learns scanned digits on two workers.
+demo: $(READY)
+	$(BIN)/weft run digits --workers 2
+
+# All tests but those marked slow (for these: .venv/bin/pytest -m slow).
+test: $(READY)
+	$(BIN)/pytest
+
+# What to run before every commit: style, types, who imports whom, and the tests that start no processes.
+check: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q -m "not slow and not multiprocess"
+
+bench: $(READY)
+	$(BIN)/python bench/step.py --save
+
+# Runs (runs/) are the user's: they stay.
+clean:
+	rm -rf .venv build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
