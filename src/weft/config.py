@@ -1,0 +1,160 @@
+"""The complete description of a run: what, how, where, how long. Written to config.json; a resume starts from it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from weft.errors import RunFolderError
+
+
+class TaskRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a task's class is found. ``target`` is "package.module:Class" or "path/to/file.py:Class"; a task given as a
+    live object travels pickled to our own child processes (never over a network) and cannot be resumed by name."""
+
+    name: str
+    target: str = ""
+    options: dict[str, Any] = {}
+    pickled: bytes = b""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    task: TaskRef
+    pattern: str
+    pattern_options: dict[str, Any] = {}
+    workers: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 0  # joined; 0: as the task likes it
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    partition: str = "shuffle"
+    link: str = "auto"
+    port: int = 0
+    threads: int = 1
+    deadline_s: float = 60.0
+    save_every: int | None = None  # None: a tenth of the run, 25 at least; 0: only at the end
+    eval_every: int = 0  # 0: only at the end
+    keep: int = 3
+    restarts: int = 0
+    cluster: str = "local"
+    faults: list[dict[str, Any]] = []
+
+
+CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
+    "config.json",
+    "result.json",
+    "events.jsonl",
+    "plan.json",
+    "checkpoints",
+    "logs",
+)
+LOCK = ".lock"
+FIRST_PART = "worker-0"  # of a checkpoint: with whole replicas rank 0 writes for all
+
+
+class RunFolder:
+    """The folder of one run: config.json, plan.json, events.jsonl, checkpoints/, logs/, result.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        self.events = path / EVENTS
+        self.logs = path / LOGS
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        folder = cls(Path(path))
+        if not (folder.path / CONFIG).is_file():
+            what = "does not exist" if not folder.path.exists() else f"holds no {CONFIG}"
+            raise RunFolderError(
+                f"{str(path)!r} is not the folder of a run: it {what}. Runs write theirs to runs/ by default."
+            )
+        return folder
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder (its parents too); refused if a run stands there already or the disk cannot be written."""
+        folder = cls(path)
+        if (path / CONFIG).exists():
+            raise RunFolderError(
+                f"{str(path)!r} holds a run already: choose another --run-dir, or `weft resume {path}`."
+            )
+        try:
+            for each in (folder.path, folder.checkpoints, folder.logs):
+                each.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot make the run folder {str(path)!r}: {error.strerror}. Choose a writable --run-dir."
+            ) from error
+        return folder
+
+    def remove_if_unused(self) -> None:
+        """A run that never began leaves nothing behind."""
+        if not (self.path / CONFIG).exists():
+            (self.path / LOCK).unlink(missing_ok=True)
+            for each in (self.checkpoints, self.logs, self.path):
+                with contextlib.suppress(OSError):
+                    each.rmdir()
+
+    def write(self, name: str, value: Any) -> None:
+        try:
+            text = msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2)  # NaN becomes null
+            partial = self.path / f".{name}.part"
+            partial.write_bytes(text + b"\n")
+            partial.replace(self.path / name)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write {name} in {str(self.path)!r}: {error.strerror}. Free the disk or choose another --run-dir."
+            ) from error
+
+    def write_config(self, config: Config) -> None:
+        """All but a live task: it would have to be unpickled, and a folder may come from anywhere."""
+        self.write(CONFIG, msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, pickled=b"")))
+
+    def config(self) -> Config:
+        try:
+            return msgspec.json.decode((self.path / CONFIG).read_bytes(), type=Config)
+        except msgspec.MsgspecError as error:
+            raise RunFolderError(
+                f"{str(self.path / CONFIG)!r} is damaged or of another version of Weft: {error}"
+            ) from error
+
+    def result(self) -> dict[str, Any] | None:
+        path = self.path / RESULT
+        if not path.is_file():
+            return None
+        try:
+            return dict(msgspec.json.decode(path.read_bytes()))
+        except (msgspec.MsgspecError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{str(path)!r} is damaged: {error}. Remove it to resume the run.") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time writes here; the lock goes with the process. Raises RunFolderError."""
+        try:
+            file = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write in {str(self.path)!r}: {error.strerror}. Choose a writable --run-dir."
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunFolderError(
+                    f"the run in {str(self.path)!r} is still going (process {file.read().strip()}): wait for it, or stop it first."
+                ) from None
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield

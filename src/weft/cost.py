@@ -1,0 +1,24 @@
+"""Bytes by formula. Pure numbers in, numbers out; links count, and a law says that both agree."""
+
+from __future__ import annotations
+
+SMALL_BYTES = 64 << 10  # message carriers: up to here latency counts more than bandwidth, and all send to all at once
+SLOT_BYTES = 4096  # torch.distributed: every call begins with a gather of slots that hold signature and small data
+SLOT_HEAD_BYTES = 24
+
+
+def ring_all_reduce_bytes(nbytes: int, world: int) -> int:
+    """What one of ``world`` members sends to all-reduce ``nbytes``, on average over members (Patarasuk & Yuan 2009)."""
+    return round(2 * (world - 1) / world * nbytes)
+
+
+def all_reduce_bytes(carrier: str, nbytes: int, world: int) -> int:
+    """The same on a carrier of ours, with what it does to small messages."""
+    if world == 1:
+        return 0
+    if carrier in ("gloo", "nccl"):
+        inline = nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES
+        return (world - 1) * SLOT_BYTES + (0 if inline else ring_all_reduce_bytes(nbytes, world))
+    if carrier in ("tcp", "inproc") and nbytes <= SMALL_BYTES:
+        return (world - 1) * nbytes
+    return ring_all_reduce_bytes(nbytes, world)

@@ -1,0 +1,46 @@
+"""The plan: who runs what, what travels, what it takes. Printed before step 1, saved with the run, plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class MemberPlan(msgspec.Struct, frozen=True, kw_only=True):
+    role: str
+    member: int
+    device: str
+    does: str  # one sentence
+    examples_per_step: int
+    memory: dict[str, int]  # predicted bytes by purpose: parameters, gradients, optimizer, activations, buffers
+
+
+class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
+    members: str  # "worker 0 -> worker 1", or "ring of 4 workers"
+    carrier: str
+    bytes_per_step: int  # sent by one member
+    what: str  # "gradients (float32)"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    task: str
+    pattern: str
+    tier: str
+    #: the five questions: where do parameters live, who talks to whom, when, what travels, how combined
+    answers: dict[str, str]
+    cluster: str
+    steps: int
+    epochs: float
+    batch: int
+    num_parameters: int
+    num_trainable: int
+    train_examples: int
+    test_examples: int
+    dtype: str
+    members: list[MemberPlan]
+    links: list[LinkPlan]
+    checkpoints: str  # "every 100 steps, the last 3 are kept"
+    choices: dict[str, str] = msgspec.field(default_factory=dict)  # what `auto` became, and why
+    notes: list[str] = msgspec.field(default_factory=list)  # policies that apply to this model
+    config: dict[str, Any] = msgspec.field(default_factory=dict)
