@@ -1,0 +1,314 @@
+"""An Endpoint exchanges frames with peers that come and go: servers, peers in a graph, and the ring all live on it.
+
+Nothing is queued behind the caller's back: a payload waits with its sender until the receiver says where it shall go
+(``irecv``, or ``recv_any``), and sends and receives progress together inside any call that waits. A peer that dies is
+seen at once as ``Lost``; one that is silent, by the deadline of the call. Use an endpoint from one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from weft.comm import wire
+from weft.comm.link import DEADLINE_S
+from weft.comm.wire import Head, Kind, Meta
+from weft.errors import CommError, DeadlineExceeded, PeerLost, from_wire, to_wire
+
+Buffer = bytes | bytearray | memoryview
+#: Where a payload shall go: views whose lengths add up to ``head.payload_bytes``. May raise to refuse the frame.
+Place = Callable[[Head], Sequence[memoryview]]
+
+MAX_QUEUED = 256  # frames on their way to one peer; isend waits when they are more
+
+
+@dataclass(frozen=True)
+class Arrival:
+    peer: int
+    head: Head
+    payload: Sequence[memoryview]
+
+    @property
+    def meta(self) -> Meta:
+        return wire.decode_meta(self.head.meta)
+
+
+@dataclass(frozen=True)
+class Joined:
+    peer: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """``reason``: how it ended; ``left``: the peer said goodbye; ``error``: why, if it said so."""
+
+    peer: int
+    incarnation: int
+    reason: str
+    left: bool = False
+    error: CommError | None = None
+
+
+Event = Arrival | Joined | Lost
+
+
+class Sending:
+    """``done``: the payload's memory may be used again."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+        self.done = False
+
+
+class Receiving:
+    """``began``: when the frame was there (time.monotonic). ``filled(i)`` is called as soon as views[i] is full."""
+
+    def __init__(self, peer: int, place: Place, filled: Callable[[int], None] | None = None) -> None:
+        self.peer = peer
+        self.filled = filled
+        self.views: Sequence[memoryview] = ()
+        self.began = 0.0
+        self.done = False
+        self._place = place
+
+    def begin(self, head: Head) -> None:
+        self.began = time.monotonic()
+        self.views = self._place(head)
+        expected = sum(len(v) for v in self.views)
+        if expected != head.payload_bytes:
+            raise CommError(
+                f"member {self.peer} sent {head.payload_bytes} bytes where {expected} were expected", (self.peer,)
+            )
+
+    def finish(self) -> None:
+        self.done = True
+
+
+class _ReceivingAny(Receiving):
+    """A frame that nobody expected by name: it becomes an event."""
+
+    def __init__(self, peer: int, place: Place, events: deque[Event]) -> None:
+        super().__init__(peer, place)
+        self._events = events
+
+    def begin(self, head: Head) -> None:
+        super().begin(head)
+        self._head = head
+
+    def finish(self) -> None:
+        super().finish()
+        self._events.append(Arrival(self.peer, self._head, self.views))
+
+
+def allocate(head: Head) -> Sequence[memoryview]:
+    """Fresh memory. Not zeroed: the kernel gives pages as bytes arrive, not for what a header merely promises."""
+    return [np.empty(head.payload_bytes, np.uint8).data]
+
+
+class Endpoint(ABC):
+    member: int
+    incarnation: int
+    deadline_s: float
+
+    def __init__(self, member: int, incarnation: int = 0, deadline_s: float = DEADLINE_S) -> None:
+        self.member = member
+        self.incarnation = incarnation
+        self.deadline_s = deadline_s
+        self._events: deque[Event] = deque()
+        self._posted: dict[int, deque[Receiving]] = {}
+        self._lost: dict[int, Lost] = {}
+        self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
+        self._place_any: Place | None = None
+
+    # What a carrier brings
+
+    @property
+    @abstractmethod
+    def peers(self) -> tuple[int, ...]:
+        """Those present now, in order of their ids."""
+
+    @abstractmethod
+    def _send(self, peer: int, head: Head, payload: Sequence[memoryview]) -> Sending:
+        """Queue a frame. PeerLost if the peer is not there."""
+
+    @abstractmethod
+    def _num_queued(self, peer: int) -> int:
+        """Frames on their way to ``peer``."""
+
+    @abstractmethod
+    def _progress(self, timeout_s: float) -> None:
+        """Move what can be moved, in all directions; wait for that at most ``timeout_s``."""
+
+    @abstractmethod
+    def close(self, error: CommError | None = None) -> None:
+        """Say goodbye, and why, if with an error; release everything. Safe to call twice."""
+
+    # Messages
+
+    def isend(self, peer: int, seq: int, meta: bytes, payload: Sequence[Buffer] = ()) -> Sending:
+        """Start sending. The payload must not change until ``done``. ``meta`` comes from ``Meta.encode``.
+
+        What goes to a peer that is lost is never done: ``wait`` says why.
+        """
+        if peer in self._lost:
+            return Sending(peer)
+        if self._num_queued(peer) >= MAX_QUEUED:
+            self._wait_until(lambda: self._num_queued(peer) < MAX_QUEUED, peer)
+        views = [v for v in (memoryview(p).cast("B") for p in payload) if len(v)]
+        head = Head(Kind.DATA, self.member, self.incarnation, seq, meta, sum(len(v) for v in views))
+        return self._send(peer, head, views)
+
+    def irecv(self, peer: int, place: Place, filled: Callable[[int], None] | None = None) -> Receiving:
+        """Expect the next frame of ``peer``. Its payload goes where ``place(head)`` says."""
+        receiving = Receiving(peer, place, filled)
+        self._posted.setdefault(peer, deque()).append(receiving)
+        return receiving
+
+    def send(
+        self, peer: int, seq: int, meta: Meta, payload: Sequence[Buffer] = (), deadline_s: float | None = None
+    ) -> None:
+        """Send, and return when the payload's memory may be used again (not: when the peer has read it)."""
+        until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
+        self.wait([self.isend(peer, seq, meta.encode(), payload)], until, doing=f"sending {meta}")
+
+    def recv_any(self, deadline_s: float | None = None, place: Place = allocate) -> Event:
+        """The next thing that happens: a frame from any peer, a peer that joined, a peer that was lost.
+
+        DeadlineExceeded if nothing does. ``place`` gives the memory for a payload (default: fresh memory).
+        """
+        until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
+        self._place_any = place
+        try:
+            while not self._events:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise DeadlineExceeded(f"member {self.member} heard nothing within its deadline")
+                self._progress(left)
+            return self._events.popleft()
+        finally:
+            self._place_any = None
+
+    def wait(
+        self,
+        handles: Iterable[Sending | Receiving],
+        until: float,
+        watch: Collection[int] = (),
+        doing: str = "an exchange",
+    ) -> None:
+        """Until all are done, or ``until`` (time.monotonic) has come, or a peer that is needed is lost.
+
+        ``watch``: members whose death matters even if no handle waits for them. Shortly before the deadline they are
+        asked for a sign of life: the error then names the one that is missing, not the one that waits for it too.
+        If it raises, receives that have not begun are withdrawn.
+        """
+        handles = list(handles)
+        asked = None
+        try:
+            while pending := [h for h in handles if not h.done]:
+                self._raise_if_lost({h.peer for h in pending}, watch, doing)
+                now = time.monotonic()
+                if now >= until:
+                    raise self._late({h.peer for h in pending}, watch, asked, doing)
+                ask_at = until - min(1.0, self.deadline_s / 4)
+                if asked is None and now >= ask_at:
+                    asked = now
+                    for peer in set(watch) & set(self.peers):
+                        self._send(peer, self._control(Kind.PING), ())
+                self._progress((ask_at if asked is None else until) - now)
+        except BaseException:
+            for posted in self._posted.values():  # they must not take what comes later
+                for receiving in set(posted).intersection(handles):
+                    posted.remove(receiving)
+            raise
+
+    def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: str) -> None:
+        if not self._lost:
+            return
+        gone = [lost for peer, lost in sorted(self._lost.items()) if peer in watch or peer in needed]
+        for lost in gone:
+            if lost.error is not None:
+                raise lost.error
+        if dead := [lost for lost in gone if not lost.left]:
+            ranks = tuple(lost.peer for lost in dead)
+            raise PeerLost(f"{doing}: {name_ranks(ranks)} gone ({dead[0].reason})", ranks)
+        if left := tuple(lost.peer for lost in gone if lost.peer in needed):
+            raise PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
+
+    def _late(
+        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: str
+    ) -> DeadlineExceeded:
+        silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
+        ranks = tuple(sorted(silent or needed))
+        what = "there, but too slow to end" if watch and not silent else "not there"
+        return DeadlineExceeded(f"{doing}: {name_ranks(ranks)} {what} before the deadline", ranks)
+
+    def _wait_until(self, ready: Callable[[], bool], peer: int) -> None:
+        until = time.monotonic() + self.deadline_s
+        while not ready():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"member {peer} has not taken {MAX_QUEUED} frames within {self.deadline_s:g} s", (peer,)
+                )
+            self._progress(left)
+
+    # For carriers
+
+    def _control(self, kind: Kind, meta: bytes = b"") -> Head:
+        return Head(kind, self.member, self.incarnation, 0, meta, 0)
+
+    def _goodbye(self, error: CommError | None) -> Head:
+        if error is None:
+            return self._control(Kind.GOODBYE)
+        short = type(error)(error.message[:10_000], error.ranks)  # a message may hold another member's traceback
+        text = msgspec.json.encode(to_wire(short)).decode()
+        return self._control(Kind.GOODBYE, Meta("goodbye", tag=text).encode())
+
+    def _taker(self, peer: int, head: Head) -> Receiving | None:
+        """Who takes this data frame; it has said where the payload goes. None: nobody wants it yet."""
+        if posted := self._posted.get(peer):
+            receiving = posted.popleft()
+        elif self._place_any is not None:
+            receiving = _ReceivingAny(peer, self._place_any, self._events)
+        else:
+            return None
+        receiving.begin(head)
+        return receiving
+
+    def _answer(self, peer: int, head: Head) -> None:
+        """A sign of life was asked for, or came."""
+        if head.kind is Kind.PING and self._num_queued(peer) < MAX_QUEUED:
+            self._send(peer, self._control(Kind.PONG), ())
+
+    def _has_joined(self, peer: int, incarnation: int) -> None:
+        self._lost.pop(peer, None)
+        self._heard[peer] = time.monotonic()
+        self._events.append(Joined(peer, incarnation))
+
+    def _has_lost(self, lost: Lost) -> None:
+        self._lost[lost.peer] = lost
+        self._events.append(lost)
+        self._posted.pop(lost.peer, None)
+
+
+def error_in(goodbye: Head) -> CommError | None:
+    if not goodbye.meta:
+        return None
+    try:
+        data = msgspec.json.decode(wire.decode_meta(goodbye.meta).tag)
+        error = from_wire(data)
+    except (msgspec.MsgspecError, KeyError, TypeError, AttributeError) as reason:
+        raise CommError(f"a goodbye that cannot be read: {reason}") from reason
+    return error if isinstance(error, CommError) else CommError(str(error))
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """ "rank 2 is", "ranks 1, 3 are"."""
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"

@@ -1,0 +1,87 @@
+"""A Link joins a fixed list of members: rank, world, and collectives. Carriers override what they do better.
+
+Every collective is called by all ranks in the same order. A call that differs between ranks in operation, shapes or
+dtypes raises ``Mismatch`` naming the ranks; one that does not end within ``deadline_s`` raises ``DeadlineExceeded``
+naming who is missing; a member that is gone raises ``PeerLost``. Results are bit-identical on every rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Op = Literal["sum", "max"]
+DEADLINE_S = 60.0
+
+
+@dataclass
+class Traffic:
+    """What this member has moved and waited for since the start."""
+
+    bytes_sent: int = 0
+    messages: int = 0
+    busy_s: float = 0.0  # inside exchanges, waiting left out
+    wait_s: float = 0.0  # until the others had come
+
+
+class Link(ABC):
+    rank: int
+    world: int
+    deadline_s: float
+    traffic: Traffic
+    carrier: str  # the name that --link knows
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed flat buffer in which this carrier reduces fastest. All ranks allocate the same, in the same order."""
+        import torch
+
+        return torch.zeros(numel, dtype=dtype)
+
+    @abstractmethod
+    def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
+        """Combine each buffer over all ranks, in place. One call, one exchange, however many buffers and dtypes."""
+
+    @abstractmethod
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order. Lengths in dim 0 may differ (also 0); other dims and dtype may not."""
+
+    @abstractmethod
+    def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
+        """Every rank's buffers become those of ``root``, in place."""
+
+    def barrier(self) -> None:
+        import torch
+
+        self.all_reduce([torch.zeros(1)])
+
+    @abstractmethod
+    def all_reduce_bytes(self, nbytes: int) -> int:
+        """Bytes that this rank sends in an all-reduce of ``nbytes`` (for the plan; a law says that counting agrees)."""
+
+    def close(self) -> None:
+        """Release sockets and memory; safe to call twice."""
+
+
+class SoloLink(Link):
+    """A world of one: every collective is already done."""
+
+    def __init__(self) -> None:
+        self.rank, self.world, self.deadline_s = 0, 1, DEADLINE_S
+        self.traffic, self.carrier = Traffic(), "none"
+
+    def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
+        pass
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor]
+
+    def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
+        pass
+
+    def all_reduce_bytes(self, nbytes: int) -> int:
+        return 0

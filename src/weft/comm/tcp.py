@@ -1,0 +1,401 @@
+"""Endpoints over TCP: a full mesh of plain sockets, one selector, no threads.
+
+Costs a copy into the kernel and one out of it: payloads are sent from the caller's memory and received into it. The
+kernel tells at once when a peer's process is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+
+from weft.comm import wire
+from weft.comm.endpoint import Endpoint, Lost, Receiving, Sending, error_in
+from weft.comm.link import DEADLINE_S
+from weft.comm.wire import Head, Kind, Reader
+from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, PeerLost
+
+CHUNK_BYTES = 1 << 20  # at most this much in one system call: both directions get their turn
+TURN_BYTES = 4 << 20  # at most this much from one peer before the others are looked at
+FLUSH_S = 0.25  # how long a closing endpoint tries to get its goodbyes out
+MAX_STRANGERS = 64  # connections that have not yet said who they are
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+Address = tuple[str, int]
+
+
+def listen(host: str = "127.0.0.1", port: int = 0, *, insecure: bool = False) -> socket.socket:
+    """A listening socket; port 0 takes a free one (``sock.getsockname()[1]`` tells which).
+
+    A parent makes one for every rank before it forks. AddressInUse if the port is taken. Any host but a loopback one
+    is refused unless ``insecure``: whoever reaches the port could join, and read what travels.
+    """
+    if not insecure and not _is_loopback(host):
+        raise ConfigError(
+            f"refusing to listen on {host!r}: connections are neither encrypted nor authenticated. "
+            "Use a loopback address (127.0.0.1), or insecure=True on a network you trust"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(
+                f"port {port} on {host} is in use: stop what listens there (`ss -ltnp 'sport = :{port}'` names it), "
+                "or use port 0 for a free one"
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Queued:
+    """A frame on its way out: what is left of it, and whom to tell when nothing is."""
+
+    def __init__(self, views: Sequence[memoryview], sending: Sending) -> None:
+        self.views = deque(views)
+        self.sending = sending
+
+    def advance(self, num_bytes: int) -> None:
+        while num_bytes:
+            first = self.views.popleft()
+            if num_bytes < len(first):
+                self.views.appendleft(first[num_bytes:])
+                return
+            num_bytes -= len(first)
+
+
+class _Connection:
+    """One socket and what is under way on it. ``peer`` is None until its HELLO has come."""
+
+    def __init__(self, sock: socket.socket, expected: int | None) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.expected = expected  # whom we dialled
+        self.peer: int | None = None
+        self.incarnation = 0
+        self.reader = Reader()
+        self.filling: Receiving | None = None
+        self.out: deque[_Queued] = deque()
+        self.held = False  # a head is here and nobody takes it: no reading until somebody does
+        self.interest = READ  # what the selector watches
+        self.dropped = False
+
+    def write(self) -> None:
+        """As much as the kernel takes now, up to one turn."""
+        budget = TURN_BYTES
+        while self.out and budget > 0:
+            queued = self.out[0]
+            if queued.views:
+                try:
+                    num_bytes = self.sock.sendmsg(_up_to(queued.views, CHUNK_BYTES))
+                except BlockingIOError:
+                    return
+                queued.advance(num_bytes)
+                budget -= num_bytes
+            if not queued.views:
+                self.out.popleft()
+                queued.sending.done = True
+
+
+def _up_to(views: Iterable[memoryview], num_bytes: int) -> list[memoryview]:
+    """The first views, of ``num_bytes`` together at most (and no more of them than one system call takes)."""
+    batch: list[memoryview] = []
+    for view in islice(views, 64):
+        batch.append(view[:num_bytes])
+        num_bytes -= len(batch[-1])
+        if num_bytes == 0:
+            break
+    return batch
+
+
+class TcpEndpoint(Endpoint):
+    """Member ``member`` of a full mesh; ``addresses`` holds the listeners of all members, also its own.
+
+    ``listener`` comes from ``listen`` and belongs to the endpoint from now on; copies of other members' listeners,
+    inherited by a fork, should be closed by the caller. Every pair shares one connection, dialled by the lower id. A
+    member that comes back (``rejoin``, with a higher ``incarnation``) dials all that are there. Returns when all are
+    connected (rejoin: all that answer); DeadlineExceeded names those that did not come within ``deadline_s``.
+    """
+
+    def __init__(
+        self,
+        member: int,
+        listener: socket.socket,
+        addresses: Mapping[int, Address],
+        deadline_s: float = DEADLINE_S,
+        incarnation: int = 0,
+        rejoin: bool = False,
+    ) -> None:
+        super().__init__(member, incarnation, deadline_s)
+        self._members = frozenset(addresses) - {member}
+        self._selector = selectors.DefaultSelector()
+        self._connected: dict[int, _Connection] = {}
+        self._strangers: dict[_Connection, None] = {}  # in order of arrival
+        self._newest: dict[int, int] = {}  # incarnation of each member, also of those that are gone
+        self._closed = False
+        self._listener = listener
+        listener.setblocking(False)
+        self._selector.register(listener, READ, None)
+        try:
+            self._join(addresses, rejoin)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, addresses: Mapping[int, Address], rejoin: bool) -> None:
+        until = time.monotonic() + self.deadline_s
+        dialled = set(self._members) if rejoin else {p for p in self._members if p > self.member}
+        absent = {peer for peer in sorted(dialled) if not self._dial(peer, addresses[peer], until, patient=not rejoin)}
+        expected = dialled - absent if rejoin else self._members
+        while missing := sorted(expected - self._connected.keys()):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise DeadlineExceeded(
+                    f"member {self.member}: no connection with member {', '.join(map(str, missing))} "
+                    f"within {self.deadline_s:g} s",
+                    tuple(missing),
+                )
+            self._progress(left)
+        self._events.clear()
+
+    def _dial(self, peer: int, address: Address, until: float, patient: bool) -> bool:
+        """Connect. A refusal means that nobody listens yet (``patient``: try again), or no more."""
+        while True:
+            try:
+                sock = socket.create_connection(address, timeout=max(0.001, until - time.monotonic()))
+            except OSError as error:
+                if not patient:
+                    return False
+                if time.monotonic() + 0.05 > until:
+                    raise DeadlineExceeded(
+                        f"member {self.member} cannot reach member {peer} at {address[0]}:{address[1]}: {error}",
+                        (peer,),
+                    ) from error
+                time.sleep(0.05)
+            else:
+                self._welcome(sock, expected=peer)
+                return True
+
+    def _welcome(self, sock: socket.socket, expected: int | None) -> None:
+        """A new connection: both sides say hello at once."""
+        if len(self._strangers) == MAX_STRANGERS:
+            self._drop(next(iter(self._strangers)), "too many connections that do not say who they are")
+        connection = _Connection(sock, expected)
+        self._strangers[connection] = None
+        self._selector.register(sock, READ, connection)
+        self._queue(connection, self._control(Kind.HELLO), ())
+
+    # Sending
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        return tuple(sorted(self._connected))
+
+    def _connection(self, peer: int) -> _Connection:
+        if peer not in self._connected:
+            reason = self._lost[peer].reason if peer in self._lost else "it never was"
+            raise PeerLost(f"member {peer} is not connected to member {self.member} ({reason})", (peer,))
+        return self._connected[peer]
+
+    def _num_queued(self, peer: int) -> int:
+        return len(self._connection(peer).out)
+
+    def _send(self, peer: int, head: Head, payload: Sequence[memoryview]) -> Sending:
+        return self._queue(self._connection(peer), head, payload)
+
+    def _queue(self, connection: _Connection, head: Head, payload: Sequence[memoryview]) -> Sending:
+        sending = Sending(-1 if connection.peer is None else connection.peer)
+        connection.out.append(_Queued([memoryview(wire.encode_head(head)), *payload], sending))
+        if len(connection.out) == 1:  # most frames fit into the kernel's buffer: no need to ask the selector
+            with self._serving(connection):
+                connection.write()
+        return sending
+
+    # Moving bytes
+
+    def _progress(self, timeout_s: float) -> None:
+        for connection in [c for c in self._connected.values() if c.held]:
+            with self._serving(connection):
+                self._read(connection)
+            if not connection.held:
+                timeout_s = 0.0
+        for key, mask in self._selector.select(max(0.0, timeout_s)):
+            connection = key.data
+            if connection is None:
+                with suppress(OSError):  # it may have gone again
+                    self._welcome(self._listener.accept()[0], expected=None)
+            elif not connection.dropped:
+                with self._serving(connection):
+                    if mask & WRITE:
+                        connection.write()
+                    if mask & READ:
+                        self._read(connection)
+
+    @contextmanager
+    def _serving(self, connection: _Connection) -> Iterator[None]:
+        """What goes wrong with the connection ends the connection, not the caller."""
+        try:
+            yield
+        except OSError as error:
+            self._drop(connection, error.strerror or str(error))
+        finally:
+            if not connection.dropped:
+                self._update_interest(connection)
+
+    def _update_interest(self, connection: _Connection) -> None:
+        events = (0 if connection.held else READ) | (WRITE if connection.out else 0)
+        if events == connection.interest:
+            return
+        if not events:
+            self._selector.unregister(connection.sock)
+        elif not connection.interest:
+            self._selector.register(connection.sock, events, connection)
+        else:
+            self._selector.modify(connection.sock, events, connection)
+        connection.interest = events
+
+    def _drop(self, connection: _Connection, reason: str, left: bool = False, error: CommError | None = None) -> None:
+        if connection.dropped:
+            return
+        connection.dropped = True
+        if connection.interest:
+            self._selector.unregister(connection.sock)
+        connection.sock.close()
+        self._strangers.pop(connection, None)
+        if connection.peer is not None:
+            del self._connected[connection.peer]
+            self._has_lost(Lost(connection.peer, connection.incarnation, reason, left, error))
+
+    def _read(self, connection: _Connection) -> None:
+        """Up to the end of a frame, or of this connection's turn."""
+        reader = connection.reader
+        connection.held = False
+        budget = TURN_BYTES
+        while not connection.dropped:
+            space = reader.space()
+            if space is None:
+                assert reader.head is not None
+                if not reader.placed and not self._take_head(connection, reader.head):
+                    connection.held = True
+                    return
+                if reader.complete:
+                    if connection.filling is not None:
+                        connection.filling.finish()
+                        connection.filling = None
+                    reader.reset()
+                    return
+                continue
+            if budget <= 0:
+                return
+            try:
+                num_bytes = connection.sock.recv_into(space[:CHUNK_BYTES])
+            except BlockingIOError:
+                return
+            if not num_bytes:
+                raise ConnectionResetError("connection closed" + (" within a frame" if reader.within_frame else ""))
+            if connection.peer is not None:
+                self._heard[connection.peer] = time.monotonic()
+            budget -= num_bytes
+            with _garbage_is_a_broken_connection():
+                reader.advance(num_bytes)
+
+    def _take_head(self, connection: _Connection, head: Head) -> bool:
+        """Act on a head. False: a payload that nobody wants yet."""
+        peer = connection.peer
+        if head.kind is Kind.DATA and peer is not None and _is_from(head, connection):
+            receiving = self._taker(peer, head)
+            if receiving is None:
+                return False
+            connection.filling = receiving
+            connection.reader.place(receiving.views, receiving.filled)
+            return True
+        if head.payload_bytes:
+            raise ConnectionResetError(f"unexpected {head.kind.name} of {head.payload_bytes} bytes")
+        connection.reader.place(())
+        if peer is None:
+            self._meet(connection, head)
+        elif head.kind in (Kind.PING, Kind.PONG):
+            self._answer(peer, head)
+        elif head.kind is Kind.GOODBYE:
+            with _garbage_is_a_broken_connection():
+                error = error_in(head)
+            self._drop(connection, "it closed its link", left=True, error=error)
+        else:
+            raise ConnectionResetError(f"unexpected {head.kind.name}")
+        return True
+
+    def _meet(self, connection: _Connection, hello: Head) -> None:
+        """A stranger says who it is. An incarnation that is not newer than the last one seen is a ghost: refused."""
+        peer = hello.sender
+        if hello.kind is not Kind.HELLO or peer not in self._members or connection.expected not in (None, peer):
+            raise ConnectionResetError(f"a stranger said {hello.kind.name} as member {peer}")
+        if hello.incarnation <= self._newest.get(peer, -1):
+            raise ConnectionResetError(f"member {peer} with old incarnation {hello.incarnation}")
+        if peer in self._connected:
+            self._drop(self._connected[peer], f"replaced by its incarnation {hello.incarnation}")
+        del self._strangers[connection]
+        connection.peer, connection.incarnation = peer, hello.incarnation
+        self._newest[peer] = hello.incarnation
+        self._connected[peer] = connection
+        self._has_joined(peer, hello.incarnation)
+
+    def close(self, error: CommError | None = None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        goodbye = wire.encode_head(self._goodbye(error))
+        for connection in self._connected.values():
+            connection.out.append(_Queued([memoryview(goodbye)], Sending(-1)))
+        self._flush(list(self._connected.values()), time.monotonic() + FLUSH_S)
+        for connection in (*self._connected.values(), *self._strangers):
+            connection.sock.close()
+        self._connected.clear()
+        self._strangers.clear()
+        self._selector.close()
+        self._listener.close()
+
+    def _flush(self, connections: list[_Connection], until: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            for connection in connections:
+                selector.register(connection.sock, WRITE, connection)
+            while selector.get_map() and (left := until - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    with suppress(OSError):
+                        key.data.write()
+                        if key.data.out:
+                            continue
+                    selector.unregister(key.fileobj)
+
+
+def _is_from(head: Head, connection: _Connection) -> bool:
+    return head.sender == connection.peer and head.incarnation == connection.incarnation
+
+
+@contextmanager
+def _garbage_is_a_broken_connection() -> Iterator[None]:
+    try:
+        yield
+    except CommError as error:
+        raise ConnectionResetError(f"it sent garbage: {error}") from error

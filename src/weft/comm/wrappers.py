@@ -1,0 +1,141 @@
+"""Faults as sentences, and a Link that commits them: ``FaultyLink(link, [kill(rank=2, step=5)], step=lambda: step)``.
+
+Patterns never know of them. Faults are plain data, so that a launcher can hand them to its workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from weft.comm.link import Link, Op
+from weft.errors import ConfigError, PeerLost
+
+if TYPE_CHECKING:
+    import torch
+
+FaultKind = Literal["kill", "freeze", "delay", "drop", "corrupt", "raise_error"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to ``rank`` at its first exchange of ``step`` (None: at every exchange)."""
+
+    kind: FaultKind
+    rank: int
+    step: int | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FaultKind):
+            raise ConfigError(f"unknown fault {self.kind!r}, possible: {', '.join(get_args(FaultKind))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fault:
+        return cls(**data)
+
+
+def kill(rank: int, step: int) -> Fault:
+    """The process ends as by SIGKILL: no clean-up, no goodbye."""
+    return Fault("kill", rank, step)
+
+
+def freeze(rank: int, step: int) -> Fault:
+    """The process stops as by SIGSTOP: it is there, and silent."""
+    return Fault("freeze", rank, step)
+
+
+def delay(rank: int, seconds: float, step: int | None = None) -> Fault:
+    """The rank comes ``seconds`` late."""
+    return Fault("delay", rank, step, seconds)
+
+
+def drop(rank: int, step: int) -> Fault:
+    """The rank's link breaks: PeerLost there, and a peer that is gone for the others."""
+    return Fault("drop", rank, step)
+
+
+def corrupt(rank: int, step: int) -> Fault:
+    """One byte of what the rank gives is flipped (the middle one of its first tensor that has any)."""
+    return Fault("corrupt", rank, step)
+
+
+def raise_error(rank: int, step: int) -> Fault:
+    """The rank's own code raises a RuntimeError."""
+    return Fault("raise_error", rank, step)
+
+
+class FaultyLink(Link):
+    """``link``, but for the faults of its rank. ``step`` tells where the rank stands. Each fault with a step strikes
+    once."""
+
+    def __init__(self, link: Link, faults: Sequence[Fault], step: Callable[[], int]) -> None:
+        self.rank, self.world, self.deadline_s = link.rank, link.world, link.deadline_s
+        self.traffic, self.carrier = link.traffic, link.carrier
+        self._link = link
+        self._step = step
+        self._faults = [fault for fault in faults if fault.rank == link.rank]
+
+    def _strike(self, tensors: Sequence[torch.Tensor]) -> None:
+        due = [fault for fault in self._faults if fault.step in (None, self._step())]
+        self._faults = [fault for fault in self._faults if fault.step is None or fault not in due]
+        for fault in due:
+            if fault.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault.kind == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault.kind == "delay":
+                time.sleep(fault.seconds)
+            elif fault.kind == "drop":
+                self._link.close()
+                raise PeerLost(f"the link of rank {self.rank} broke, as {fault} asks", (self.rank,))
+            elif fault.kind == "corrupt":
+                _flip_one_byte(tensors)
+            else:
+                raise RuntimeError(f"raised as {fault} asks")
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._link.allocate(numel, dtype)
+
+    def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
+        self._strike(buffers)
+        self._link.all_reduce(buffers, op)
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        given = tensor.detach().clone()
+        self._strike([given])
+        return self._link.all_gather(given)
+
+    def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
+        self._strike(buffers)
+        self._link.broadcast(buffers, root)
+
+    def barrier(self) -> None:
+        self._strike(())
+        self._link.barrier()
+
+    def all_reduce_bytes(self, nbytes: int) -> int:
+        return self._link.all_reduce_bytes(nbytes)
+
+    def close(self) -> None:
+        self._link.close()
+
+
+def _flip_one_byte(tensors: Sequence[torch.Tensor]) -> None:
+    import torch
+
+    for tensor in tensors:
+        if tensor.numel():
+            flat = tensor.detach().reshape(-1).contiguous()
+            data = flat.view(torch.uint8)
+            data[data.numel() // 2] ^= 0xFF
+            tensor.detach().copy_(flat.view(tensor.shape))
+            return

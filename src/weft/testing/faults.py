@@ -1,0 +1,5 @@
+"""Faults as sentences: ``kill(rank=2, step=5)``."""
+
+from weft.comm.wrappers import Fault, FaultyLink, corrupt, delay, drop, freeze, kill, raise_error
+
+__all__ = ["Fault", "FaultyLink", "corrupt", "delay", "drop", "freeze", "kill", "raise_error"]

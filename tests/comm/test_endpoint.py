@@ -1,0 +1,349 @@
+"""Endpoints as servers and peers use them: messages, joins and losses, deadlines, limits. Also listen()."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from weft.comm import endpoint as endpoint_module
+from weft.comm import tcp
+from weft.comm.endpoint import Arrival, Endpoint, Joined, Lost
+from weft.comm.inproc import inproc_endpoints
+from weft.comm.tcp import TcpEndpoint, listen
+from weft.comm.wire import HEADER_BYTES, Meta
+from weft.errors import AddressInUse, ConfigError, DeadlineExceeded, PeerLost
+
+DEADLINE_S = 20.0
+
+
+def in_thread(fn: Callable[[], Any]) -> Callable[[], Any]:
+    """Start fn; the function returned waits for its result."""
+    result: list[Any] = []
+
+    def go() -> None:
+        try:
+            result.append(fn())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+
+    def wait() -> Any:
+        thread.join(DEADLINE_S)
+        assert result, "hangs"
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        return result[0]
+
+    return wait
+
+
+class Mesh:
+    """TCP endpoints of one process, and their addresses."""
+
+    def __init__(self, num_members: int) -> None:
+        listeners = [listen() for _ in range(num_members)]
+        self.addresses = {k: sock.getsockname() for k, sock in enumerate(listeners)}
+        waits = [in_thread(lambda k=k: self.join(k, listeners[k])) for k in range(num_members)]
+        self.members: list[TcpEndpoint] = [wait() for wait in waits]
+
+    def join(self, member: int, listener: socket.socket, incarnation: int = 0, rejoin: bool = False) -> TcpEndpoint:
+        return TcpEndpoint(member, listener, self.addresses, DEADLINE_S, incarnation, rejoin)
+
+
+def tcp_endpoints(num_members: int) -> list[Endpoint]:
+    return list(Mesh(num_members).members)
+
+
+@pytest.fixture(params=["inproc", "tcp"])
+def three(request: pytest.FixtureRequest) -> Iterator[list[Endpoint]]:
+    members: list[Endpoint] = tcp_endpoints(3) if request.param == "tcp" else list(inproc_endpoints(3))
+    yield members
+    for member in members:
+        member.close()
+
+
+def kill(endpoint: Endpoint) -> None:
+    """What the kernel does when the process of a TCP endpoint is killed."""
+    assert isinstance(endpoint, TcpEndpoint)
+    for connection in endpoint._connected.values():
+        connection.sock.close()
+    endpoint._listener.close()
+
+
+def test_a_server_hears_all_and_answers(three: list[Endpoint]) -> None:
+    server, *clients = three
+    assert [m.peers for m in three] == [(1, 2), (0, 2), (0, 1)]
+
+    def client(endpoint: Endpoint) -> list[bytes]:
+        answers = []
+        for k in range(20):
+            question = bytes([endpoint.member]) * (k * 1000)
+            endpoint.send(0, k, Meta("ask", tag=str(k)), [question[: k * 10], question[k * 10 :]])
+            answer = endpoint.recv_any()
+            assert isinstance(answer, Arrival)
+            assert answer.head.seq == k
+            answers.append(bytes(answer.payload[0]))
+        return answers
+
+    waits = [in_thread(lambda e=e: client(e)) for e in clients]
+    for _ in range(40):
+        arrival = server.recv_any(DEADLINE_S)
+        assert isinstance(arrival, Arrival)
+        assert arrival.meta == Meta("ask", tag=str(arrival.head.seq))
+        assert bytes(arrival.payload[0]) == bytes([arrival.peer]) * (arrival.head.seq * 1000)
+        server.isend(arrival.peer, arrival.head.seq, Meta("answer").encode(), [b"%d" % arrival.head.seq])
+    # What was queued goes out while the server waits for more.
+    with pytest.raises(DeadlineExceeded):
+        server.recv_any(0.2)
+    assert [wait() for wait in waits] == [[b"%d" % k for k in range(20)]] * 2
+
+
+def test_payloads_land_where_the_receiver_says(three: list[Endpoint]) -> None:
+    first, second, _ = three
+    memory = bytearray(3_000_000)
+    view = memoryview(memory)
+    filled: list[int] = []
+    receiving = second.irecv(0, lambda head: [view[:1], view[1:1], view[1:]], filled.append)
+    payload = bytes(range(250)) * 12_000
+    wait = in_thread(lambda: first.send(1, 1, Meta("data"), [payload]))
+    second.wait([receiving], time.monotonic() + DEADLINE_S)
+    wait()
+    assert memory == payload
+    assert filled == [0, 1, 2]
+
+
+def test_large_messages_cross_in_both_directions(three: list[Endpoint]) -> None:
+    """Both send before either receives: more than any kernel buffer."""
+    size = 30_000_000
+
+    def exchange(mine: Endpoint, peer: int) -> bool:
+        memory = bytearray(size)
+        receiving = mine.irecv(peer, lambda head: [memoryview(memory)])
+        sending = mine.isend(peer, 1, b"", [bytes([mine.member]) * size])
+        mine.wait([sending, receiving], time.monotonic() + DEADLINE_S)
+        return memory == bytes([peer]) * size
+
+    wait = in_thread(lambda: exchange(three[1], 0))
+    assert exchange(three[0], 1)
+    assert wait()
+
+
+def test_a_frame_waits_until_it_is_wanted(three: list[Endpoint]) -> None:
+    """Frames from others do not disturb who waits for one peer, and each peer's order is kept."""
+    three[1].isend(0, 0, b"", [])
+    three[2].isend(0, 9, b"", [])
+    three[0].wait([three[0].irecv(2, lambda head: [])], time.monotonic() + DEADLINE_S)
+    for k in (1, 2):
+        early = three[0].recv_any()
+        assert isinstance(early, Arrival)
+        assert (early.peer, early.head.seq) == (1, k - 1)
+        three[1].isend(0, k, b"", [b"from one"])
+    last = three[0].recv_any()
+    assert isinstance(last, Arrival)
+    assert bytes(last.payload[0]) == b"from one"
+
+
+def test_nothing_is_a_deadline(three: list[Endpoint]) -> None:
+    with pytest.raises(DeadlineExceeded):
+        three[0].recv_any(0.05)
+    receiving = three[0].irecv(1, lambda head: [])
+    with pytest.raises(DeadlineExceeded, match="rank 1 is not there") as caught:
+        three[0].wait([receiving], time.monotonic() + 0.05)
+    assert caught.value.ranks == (1,)
+    three[1].send(0, 4, Meta("late"), [b"for another"])  # the receive above has been withdrawn
+    arrival = three[0].recv_any()
+    assert isinstance(arrival, Arrival)
+    assert bytes(arrival.payload[0]) == b"for another"
+
+
+def test_the_deadline_names_who_is_silent(three: list[Endpoint]) -> None:
+    """0 waits for 1, 1 waits for 2, 2 does nothing: 2 is to blame, for both."""
+    waits = []
+    for me, needed in ((0, 1), (1, 2)):
+        three[me].deadline_s = 1.0
+        receiving = three[me].irecv(needed, lambda head: [])
+        until = time.monotonic() + 1.0
+        waits.append(in_thread(lambda me=me, r=receiving, u=until: three[me].wait([r], u, watch=three[me].peers)))
+    for wait in waits:
+        with pytest.raises(DeadlineExceeded) as caught:
+            wait()
+        assert caught.value.ranks == (2,)
+
+
+def test_one_that_leaves_is_lost(three: list[Endpoint]) -> None:
+    three[1].close(PeerLost("rank 7 is gone", (7,)))
+    three[2].close()
+    lost = {event.peer: event for event in (three[0].recv_any(), three[0].recv_any()) if isinstance(event, Lost)}
+    assert lost[2].left
+    assert lost[2].error is None
+    assert isinstance(lost[1].error, PeerLost)
+    assert lost[1].error.ranks == (7,)
+    assert three[0].peers == ()
+    with pytest.raises(PeerLost, match="rank 7"):
+        three[0].send(1, 0, Meta())
+    with pytest.raises(PeerLost, match="rank 2"):
+        three[0].send(2, 0, Meta())
+
+
+def test_a_full_queue_is_a_deadline(three: list[Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "MAX_QUEUED", 4)
+    three[0].deadline_s = 0.2
+    payload = bytes(1_000_000)
+
+    def flood() -> None:
+        for k in range(100):
+            three[0].isend(1, k, b"", [payload])
+
+    with pytest.raises(DeadlineExceeded, match="has not taken 4 frames"):
+        flood()
+
+
+# TCP alone
+
+
+def test_a_frame_may_end_where_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more comes after it that would wake the reader."""
+    monkeypatch.setattr(tcp, "TURN_BYTES", 1)
+    monkeypatch.setattr(tcp, "CHUNK_BYTES", 1000)
+    first, second = Mesh(2).members
+    for num_bytes in (0, 1, 1000, 1001, 20_000):
+        wait = in_thread(lambda n=num_bytes: first.send(1, n, Meta("data"), [bytes(n)]))
+        arrival = second.recv_any()
+        wait()
+        assert isinstance(arrival, Arrival)
+        assert arrival.head.payload_bytes == num_bytes
+    first.close()
+    second.close()
+
+
+def test_a_killed_member_is_lost_and_may_come_back() -> None:
+    mesh = Mesh(3)
+    first, second, third = mesh.members
+    kill(third)
+    for member in (first, second):
+        event = member.recv_any()
+        assert event == Lost(2, 0, event.reason)  # type: ignore[union-attr]
+    listener = listen()
+    mesh.addresses[2] = listener.getsockname()
+    back = in_thread(lambda: mesh.join(2, listener, incarnation=1, rejoin=True))
+    assert [member.recv_any() for member in (first, second)] == [Joined(2, 1)] * 2
+    third = back()
+    assert third.peers == (0, 1)
+    third.isend(0, 5, b"", [b"again"])
+    arrival = first.recv_any()
+    assert isinstance(arrival, Arrival)
+    assert bytes(arrival.payload[0]) == b"again"
+    for member in (first, second, third):
+        member.close()
+
+
+def test_a_newer_incarnation_replaces_an_older_and_never_the_reverse() -> None:
+    mesh = Mesh(2)
+    first, second = mesh.members
+    newer = in_thread(lambda: mesh.join(1, listen(), incarnation=3, rejoin=True))
+    events = [first.recv_any(), first.recv_any()]
+    assert isinstance(events[0], Lost)
+    assert "incarnation 3" in events[0].reason
+    assert events[1] == Joined(1, 3)
+    newer()
+    stale = TcpEndpoint(1, listen(), {1: ("127.0.0.1", 0)}, DEADLINE_S, incarnation=2)
+    with closing(stale):
+        stale._members = frozenset({0})
+        assert stale._dial(0, mesh.addresses[0], time.monotonic() + DEADLINE_S, patient=False)
+        with pytest.raises(DeadlineExceeded):
+            first.recv_any(0.2)
+        assert first.peers == (1,)
+        assert first._connected[1].incarnation == 3
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n" * 10, b"", b"W" * 3])
+def test_strangers_do_not_disturb(noise: bytes) -> None:
+    mesh = Mesh(2)
+    first, second = mesh.members
+    strangers = [socket.create_connection(mesh.addresses[0]) for _ in range(80)]
+    for stranger in strangers:
+        stranger.sendall(noise)
+    second.isend(0, 1, b"", [b"hello"])
+    arrival = first.recv_any()
+    assert isinstance(arrival, Arrival)
+    with pytest.raises(DeadlineExceeded):
+        first.recv_any(0.2)
+    assert len(first._strangers) <= 64
+    for closable in (*strangers, first, second):
+        closable.close()
+
+
+def test_a_member_that_sends_garbage_is_lost() -> None:
+    first, second = Mesh(2).members
+    second._connected[0].sock.sendall(b"x" * HEADER_BYTES)
+    event = first.recv_any()
+    assert isinstance(event, Lost)
+    assert "garbage" in event.reason
+    first.close()
+    second.close()
+
+
+def test_a_member_that_never_comes_is_named() -> None:
+    with closing(listen()) as silent:
+        addresses = {0: ("127.0.0.1", 1), 1: silent.getsockname()}
+        with pytest.raises(DeadlineExceeded, match="member 1") as caught:
+            TcpEndpoint(0, listen(), addresses, deadline_s=0.3)
+        assert caught.value.ranks == (1,)
+
+
+def test_closing_leaves_no_socket_open() -> None:
+    mesh = Mesh(2)
+    for member in mesh.members:
+        member.close()
+        member.close()
+    for address in mesh.addresses.values():
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=1)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with closing(listen()) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressInUse, match=f"port {port}.*port 0"):
+            listen(port=port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_only_loopback_unless_told(host: str) -> None:
+    with pytest.raises(ConfigError, match="insecure=True"):
+        listen(host)
+    if host == "0.0.0.0":
+        listen(host, insecure=True).close()
+
+
+# In-process alone
+
+
+def test_the_baton_is_let_go_while_waiting() -> None:
+    """With one baton for all, a waiting member does not keep others from computing."""
+    baton = threading.Lock()
+    first, second = inproc_endpoints(2, baton=baton, deadline_s=DEADLINE_S)
+
+    def ping_pong(me: Endpoint, peer: int) -> bool:
+        with baton:
+            for k in range(50):
+                if (k + me.member) % 2:
+                    me.send(peer, k, Meta())
+                else:
+                    me.recv_any()
+                assert baton.locked()
+        return True
+
+    waits = [in_thread(lambda: ping_pong(first, 1)), in_thread(lambda: ping_pong(second, 0))]
+    assert all(wait() for wait in waits)
+    assert not baton.locked()
