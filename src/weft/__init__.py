@@ -1,0 +1,54 @@
+"""Weft: write what to train once; choose how it is distributed with one flag; see which pattern wins."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.clusters.inprocess import InProcess as InProcess
+    from weft.clusters.local import Local as Local
+    from weft.driver import RunResult as RunResult
+    from weft.driver import resume as resume
+    from weft.driver import run as run
+    from weft.errors import ConfigError as ConfigError
+    from weft.errors import Interrupted as Interrupted
+    from weft.errors import MemberFailed as MemberFailed
+    from weft.errors import TaskError as TaskError
+    from weft.errors import WeftError as WeftError
+    from weft.patterns.allreduce import AllReduce as AllReduce
+    from weft.task import Defaults as Defaults
+    from weft.task import Task as Task
+
+__version__ = "0.1.0"
+
+# Imported when first asked for: `weft --help` and `import weft` stay quick, and torch is left to those who train.
+_HOMES = {
+    "AllReduce": "weft.patterns.allreduce",
+    "ConfigError": "weft.errors",
+    "Defaults": "weft.task",
+    "InProcess": "weft.clusters.inprocess",
+    "Interrupted": "weft.errors",
+    "Local": "weft.clusters.local",
+    "MemberFailed": "weft.errors",
+    "RunResult": "weft.driver",
+    "Task": "weft.task",
+    "TaskError": "weft.errors",
+    "WeftError": "weft.errors",
+    "resume": "weft.driver",
+    "run": "weft.driver",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,330 @@
+"""A single-threaded process that has imported torch and forks members from its main thread: a worker starts in milliseconds.
+
+Why one, and why it never computes: a parent that has used torch's threads hangs its forked children; a death signal
+follows the forking *thread*, so the thread must live as long as the members. Whoever dies, nobody stays: the zygote dies
+with the launcher (its death signal; on other systems, when the socket ends), members with the zygote.
+
+Run as ``python -m weft.clusters.zygote FD``. From the launcher: path, start, signal. To it: message, output, exited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import msgspec
+
+from weft.clusters.base import LinkSpec, MemberSpec, Seat, resolve
+from weft.clusters.pipe import Closed, Pipe
+from weft.errors import to_wire
+
+if TYPE_CHECKING:
+    from weft.comm.link import Link
+
+STOP = signal.SIGUSR1
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Linux: the kernel kills this process when the thread that made it ends. ``parent`` closes the race at the start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Transport:
+    """What must exist before the members of a group are forked: shared memory, listening sockets, a store."""
+
+    def __init__(self, spec: LinkSpec) -> None:
+        self.spec = spec
+        self.region: Any = None
+        self.listeners: list[socket.socket] = []
+        self.store = ""
+        if spec.carrier == "shm":
+            from weft.comm.shm import Region
+
+            self.region = Region.create(spec.world, spec.nbytes)
+        elif spec.carrier == "tcp":
+            from weft.comm.tcp import listen
+
+            try:
+                for rank in range(spec.world):
+                    self.listeners.append(listen(port=spec.port + rank if spec.port else 0))
+            except BaseException:
+                self.close()
+                raise
+        elif spec.carrier in ("gloo", "nccl"):
+            self.store = os.path.join(tempfile.mkdtemp(prefix="weft-store-"), "store")
+
+    def link(self, rank: int) -> Link:
+        spec = self.spec
+        if spec.carrier == "shm":
+            from weft.comm.shm import ShmLink
+
+            return ShmLink(self.region, rank, deadline_s=spec.deadline_s)
+        if spec.carrier == "tcp":
+            from weft.comm.collectives import RingLink
+            from weft.comm.tcp import TcpEndpoint
+
+            addresses = {r: listener.getsockname()[:2] for r, listener in enumerate(self.listeners)}
+            for other, listener in enumerate(self.listeners):
+                if other != rank:
+                    listener.close()
+            endpoint = TcpEndpoint(rank, self.listeners[rank], addresses, spec.deadline_s)
+            return RingLink(endpoint, rank, spec.world, carrier="tcp", deadline_s=spec.deadline_s)
+        if spec.carrier == "none":
+            from weft.comm.link import SoloLink
+
+            return SoloLink()
+        from weft.comm.torchdist import TorchDistLink
+
+        backend: Literal["gloo", "nccl"] = "nccl" if spec.carrier == "nccl" else "gloo"
+        return TorchDistLink(rank, spec.world, backend=backend, store=self.store, deadline_s=spec.deadline_s)
+
+    def mark_dead(self, rank: int) -> None:
+        if self.region is not None and 0 <= rank < self.spec.world:
+            self.region.mark_dead(rank)
+
+    def close(self) -> None:
+        for listener in self.listeners:
+            listener.close()
+        if self.region is not None:
+            self.region.close()
+        if self.store:
+            with contextlib.suppress(OSError):
+                os.unlink(self.store)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(self.store))
+
+
+class ForkedSeat(Seat):
+    def __init__(self, spec: MemberSpec, pipe: Pipe, transport: Transport | None) -> None:
+        self.spec, self._pipe, self._transport = spec, pipe, transport
+        self._stop = False
+        signal.signal(STOP, self._on_stop)
+
+    def _on_stop(self, *_: object) -> None:
+        self._stop = True
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._pipe.send(message)
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def link(self) -> Link:
+        assert self._transport is not None, "this member was started without a group"
+        return self._transport.link(self.spec.member)
+
+
+@dataclass
+class Child:
+    member: int
+    pid: int
+    pipe: Pipe
+    output: int  # read end of its stdout and stderr
+    error: dict[str, Any] | None = None
+
+
+class Zygote:
+    def __init__(self, launcher: Pipe) -> None:
+        self.launcher = launcher
+        self.children: dict[int, Child] = {}
+        self.transport: Transport | None = None
+        self.preload: list[str] = []
+        self.selector = selectors.DefaultSelector()
+        self.wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self.selector.register(launcher, selectors.EVENT_READ, self._on_launcher)
+        self.selector.register(self.wake_read, selectors.EVENT_READ, self._on_child_ended)
+
+    def serve(self) -> None:
+        while True:
+            self.serve_once(None)
+
+    def serve_once(self, timeout_s: float | None) -> None:
+        for key, _ in self.selector.select(timeout_s):
+            key.data()
+
+    def warm_up(self) -> None:
+        """Import what every member needs, while a preflight that was asked for meanwhile is at work on the other core.
+
+        The first optimizer imports torch._dynamo (a second). What is imported is frozen out of the members' garbage
+        collections (and stays shared memory).
+        """
+        self.serve_once(0)
+        for module in ("torch._dynamo", *self.preload):
+            importlib.import_module(module)
+        gc.freeze()
+
+    def _on_launcher(self) -> None:
+        for command in self.launcher.read():
+            if command["do"] == "start":
+                self._start(command)
+            elif command["do"] == "path":
+                sys.path[:] = command["path"]
+                self.preload = command["preload"]
+            elif command["do"] == "signal":
+                for child in self.children.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child.pid, command["signal"])
+
+    def _start(self, command: dict[str, Any]) -> None:
+        if not self.children and self.transport is not None:
+            self.transport.close()
+            self.transport = None
+        try:
+            if command["link"] is not None:
+                self.transport = Transport(LinkSpec(**command["link"]))
+        except Exception as error:
+            self.launcher.send({"event": "refused", "error": to_wire(error, traceback.format_exc())})
+            return
+        for member in command["members"]:
+            self._fork(MemberSpec(**member))
+
+    def _fork(self, spec: MemberSpec) -> None:
+        ours, theirs = socket.socketpair()
+        out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent(parent)
+            os.dup2(out_write, 1)
+            os.dup2(out_write, 2)
+            for fd in (out_write, out_read, self.wake_read):
+                os.close(fd)
+            ours.close()
+            for child in self.children.values():
+                child.pipe.close()
+                os.close(child.output)
+            self.launcher.close()
+            self.selector.close()
+            run_child(spec, Pipe(theirs), self.transport)
+        theirs.close()
+        os.close(out_write)
+        os.set_blocking(out_read, False)
+        child = Child(spec.member, pid, Pipe(ours), out_read)
+        self.children[pid] = child
+        self.selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_message(child))
+        self.selector.register(out_read, selectors.EVENT_READ, lambda: self._on_output(child))
+
+    def _on_message(self, child: Child) -> None:
+        try:
+            self._forward(child, child.pipe.read())
+        except Closed:
+            self.selector.unregister(child.pipe)
+
+    def _forward(self, child: Child, messages: list[dict[str, Any]]) -> None:
+        for message in messages:
+            if "raised" in message:
+                child.error = message["raised"]
+            else:
+                self.launcher.send({"event": "message", "member": child.member, "data": message})
+
+    def _on_output(self, child: Child) -> bool:
+        """Forward what was printed; True while there may be more."""
+        try:
+            text = os.read(child.output, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not text:
+            self.selector.unregister(child.output)
+            return False
+        self.launcher.send({"event": "output", "member": child.member, "text": text.decode(errors="replace")})
+        return True
+
+    def _on_child_ended(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_read, 4096)
+        while self.children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in self.children:
+                self._bury(self.children.pop(pid), status)
+
+    def _bury(self, child: Child, status: int) -> None:
+        if self.transport is not None:
+            self.transport.mark_dead(child.member)
+        self._forward(child, child.pipe.drain())
+        registered = self.selector.get_map()
+        if child.output in registered:
+            while self._on_output(child):
+                pass
+        for source in (child.pipe, child.output):
+            if source in self.selector.get_map():
+                self.selector.unregister(source)
+        child.pipe.close()
+        os.close(child.output)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+        self.launcher.send(
+            {"event": "exited", "member": child.member, "code": code, "signal": number, "error": child.error}
+        )
+
+
+def run_child(spec: MemberSpec, pipe: Pipe, transport: Transport | None) -> NoReturn:
+    """The life of a member, from fork to _exit: exit handlers of the zygote are not ours to run."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        resolve(spec.entry)(ForkedSeat(spec, pipe, transport))
+        code = 0
+    except Closed:
+        pass  # nobody is left to tell
+    except BaseException as error:
+        with contextlib.suppress(Closed):
+            pipe.send({"raised": to_wire(error, traceback.format_exc())})
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+    launcher = Pipe(socket.socket(fileno=fd))
+    import torch
+
+    torch.set_num_threads(1)
+    zygote = Zygote(launcher)
+    try:
+        zygote.warm_up()
+        zygote.serve()
+    except Closed:
+        for child in zygote.children.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+        if zygote.transport is not None:
+            zygote.transport.close()
+
+
+def encode_start(members: list[MemberSpec], link: LinkSpec | None) -> dict[str, Any]:
+    return {"do": "start", "members": [msgspec.to_builtins(m) for m in members], "link": msgspec.to_builtins(link)}
+
+
+if __name__ == "__main__":
+    main()

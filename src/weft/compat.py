@@ -1,0 +1,75 @@
+"""May these go together? If not, one sentence why and the nearest that works. Pure: called before any worker starts."""
+
+from __future__ import annotations
+
+import math
+
+from weft.config import Config
+from weft.errors import ConfigError, Incompatible, UnknownName
+
+DTYPES = ("float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc")
+MAX_WORKERS = 4096
+
+
+def check(config: Config) -> None:
+    """Every field that can be judged without looking at the task."""
+    for what, value, choices in (
+        ("dtype", config.dtype, DTYPES),
+        ("device", config.device, DEVICES),
+        ("link", config.link, LINKS),
+    ):
+        if value not in choices:
+            raise UnknownName.of(what, str(value), choices)
+    _at_least("workers", config.workers, 1)
+    _at_least("batch", config.batch, 0)
+    _at_least("threads", config.threads, 1)
+    _at_least("keep", config.keep, 1)
+    _at_least("restarts", config.restarts, 0)
+    _at_least("eval-every", config.eval_every, 0)
+    if config.save_every is not None:
+        _at_least("save-every", config.save_every, 0)
+    if config.workers > MAX_WORKERS:
+        raise ConfigError(
+            f"workers={config.workers} is more than {MAX_WORKERS}, the most that one launcher supervises."
+        )
+    if config.steps is not None and config.epochs is not None:
+        raise ConfigError(
+            f"steps={config.steps} and epochs={config.epochs} both say how long to train: give one of them."
+        )
+    if config.steps is not None:
+        _at_least("steps", config.steps, 1)
+    if config.epochs is not None and not (config.epochs > 0 and math.isfinite(config.epochs)):
+        raise ConfigError(f"epochs={config.epochs} is not possible: give a positive number.")
+    if not (config.deadline_s > 0 and math.isfinite(config.deadline_s)):
+        raise ConfigError(f"deadline={config.deadline_s} is not possible: give a positive number of seconds.")
+    if 0 < config.batch < config.workers:
+        raise ConfigError(
+            f"batch {config.batch} is smaller than the world of {config.workers}: the joined batch is shared by all workers, "
+            f"so give --batch {config.workers} or more, or fewer workers."
+        )
+    if config.port:
+        if not 1 <= config.port <= 65536 - config.workers:
+            raise ConfigError(
+                f"port={config.port} is not possible: worker r listens on port + r, within 1 to 65535; 0 takes free ports."
+            )
+        if config.link != "tcp":
+            raise Incompatible(
+                f"port={config.port} says where workers listen, and link {config.link!r} has no ports: add --link tcp."
+            )
+    if config.link == "nccl" and config.device == "cpu":
+        raise Incompatible(
+            "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."
+        )
+    if config.device == "cuda" and config.link in ("shm", "tcp", "inproc"):
+        raise Incompatible(f"link {config.link!r} moves data in main memory, and the device is cuda: use --link nccl.")
+    if config.workers == 1 and config.link != "auto":
+        raise Incompatible(
+            f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")

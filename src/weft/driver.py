@@ -1,0 +1,708 @@
+"""Task x Pattern x Cluster: check, learn the facts, show the plan, start the members, watch over them, bring the result.
+
+This is the launcher's side. It does not import torch: models live in the members.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import secrets
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from weft import compat, cost, errors, tasks
+from weft.clusters import PRELOAD, pick_cluster
+from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session
+from weft.config import PLAN, RESULT, Config, RunFolder, TaskRef
+from weft.data.partition import parse as parse_partitioner
+from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
+from weft.events import Event, EventLog, read_events
+from weft.patterns import registry
+from weft.patterns.base import Facts, Pattern
+from weft.plan import MemberPlan, Plan
+from weft.resilience.policy import Failure, culprit, decide
+
+if TYPE_CHECKING:
+    from weft.comm.wrappers import Fault
+    from weft.task import Task
+
+RUNS = Path("runs")
+HEAP_SLACK = 1 << 20
+GRACE_S = 1.0  # for the culprit of a failure to speak after its echoes
+STOP_S = 30.0  # beyond the deadline, for members to reach a safe point and save
+TRAIN_LOSS_STEPS = 50
+MIN_SAVE_EVERY = 25
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """``loss`` and ``metrics``: on held-out data; ``train_loss``: mean over the last 50 steps; ``bytes_sent``: by all
+    members; ``seconds``: from starting the members to the end."""
+
+    loss: float
+    train_loss: float
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    examples_per_s: float
+    bytes_sent: int
+    world: int
+    run_dir: str
+    notes: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object; the task's metrics stand in it by their names."""
+        own = {"loss": self.loss, "train_loss": self.train_loss}
+        rest = ("steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "notes")
+        return own | self.metrics | {k: getattr(self, k) for k in rest}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every member of an attempt is told."""
+
+    config: Config
+    run_dir: str
+    facts: Facts | None = None
+    total_steps: int = 0
+    resume_from: str = ""
+
+
+class Observer(Protocol):
+    """What a run tells while it goes; the terminal view is one."""
+
+    def on_plan(self, plan: Plan) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+    def on_output(self, member: int, text: str) -> None: ...
+
+    def on_idle(self) -> None: ...
+
+
+class Silent:
+    def on_plan(self, plan: Plan) -> None:
+        pass
+
+    def on_event(self, event: Event) -> None:
+        pass
+
+    def on_output(self, member: int, text: str) -> None:
+        pass
+
+    def on_idle(self) -> None:
+        pass
+
+
+def run(
+    task: Task | str,
+    pattern: Pattern | str = "allreduce",
+    cluster: Cluster | str = "local",
+    *,
+    task_options: Mapping[str, Any] | None = None,
+    pattern_options: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "auto",
+    partition: str = "shuffle",
+    link: str = "auto",
+    port: int = 0,
+    threads: int = 1,
+    deadline_s: float = 60.0,
+    save_every: int | None = None,
+    eval_every: int = 0,
+    keep: int = 3,
+    restarts: int = 0,
+    run_dir: str | Path | None = None,
+    faults: Sequence[Fault] = (),
+    observer: Observer | None = None,
+) -> RunResult:
+    """Train ``task`` under ``pattern`` on ``cluster`` and return the result. The same as ``weft run``.
+
+    ``steps`` or ``epochs`` (one of them; default: the task's) count joined batches of ``batch`` examples over all
+    workers. ``save_every``: steps between checkpoints (None: a tenth of the run, 0: only at the end). ``deadline_s``
+    bounds every wait of one member for another. ``faults``: from weft.testing, for trials of recovery.
+
+    Raises ConfigError, TaskError or DataError before any worker starts; MemberFailed when a member fails and no restart
+    is left; Interrupted when the user stopped it (the run can be resumed).
+
+        result = weft.run("digits", workers=2, epochs=3)
+        print(result.metrics["accuracy"], result.run_dir)
+    """
+    config = make_config(
+        task,
+        pattern,
+        cluster,
+        task_options or {},
+        pattern_options or {},
+        workers=workers,
+        steps=steps,
+        epochs=epochs,
+        batch=batch,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        partition=partition,
+        link=link,
+        port=port,
+        threads=threads,
+        deadline_s=deadline_s,
+        save_every=save_every,
+        eval_every=eval_every,
+        keep=keep,
+        restarts=restarts,
+        faults=[f.to_dict() for f in faults],
+    )
+    with open_cluster(config, cluster) as session:
+        return start(config, session, observer or Silent(), run_dir)
+
+
+def make_config(
+    task: Task | str,
+    pattern: Pattern | str,
+    cluster: Cluster | str,
+    task_options: Mapping[str, Any],
+    pattern_options: Mapping[str, Any],
+    batch: int | None,
+    **settings: Any,
+) -> Config:
+    """Everything a run needs, checked as far as the task need not be touched. ``settings``: fields of Config."""
+    if isinstance(pattern, str):
+        registry.build(pattern, pattern_options)
+        name, options = pattern, dict(pattern_options)
+    else:
+        if pattern_options:
+            raise ConfigError("pattern_options are for a pattern given by name: set them on the pattern itself.")
+        name, options = pattern.name, {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}
+    parse_partitioner(settings["partition"])
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch={batch} is not possible: give a whole number of 1 or more.")
+    config = Config(
+        task=refer(task, task_options),
+        batch=batch or 0,
+        pattern=name,
+        pattern_options=options,
+        cluster=cluster if isinstance(cluster, str) else cluster.name,
+        **settings,
+    )
+    compat.check(config)
+    return config
+
+
+def refer(task: Task | str, options: Mapping[str, Any]) -> TaskRef:
+    """Where members find the task. Its class is not imported here: it may import torch, or raise."""
+    if not isinstance(task, str):
+        if options:
+            raise ConfigError("task_options are for a task given by name: set them on the task itself.")
+        import cloudpickle
+
+        from weft.loading import check_task
+
+        check_task(task)
+        return TaskRef(name=type(task).__name__, pickled=cloudpickle.dumps(task))
+    if task in tasks.TASKS:
+        return TaskRef(name=task, target=tasks.TASKS[task].target, options=dict(options))
+    place, colon, name = task.rpartition(":")
+    if not colon:
+        raise UnknownName.of("task", task, tasks.TASKS, "Your own: path/to/file.py:MyTask.")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise TaskError(f"there is no file {place!r}: give the path of a Python file, as in tasks/mine.py:MyTask.")
+        place = str(Path(place).resolve())  # a resume may start elsewhere
+    return TaskRef(name=name, target=f"{place}:{name}", options=dict(options))
+
+
+def open_cluster(config: Config, cluster: Cluster | str = "") -> Session:
+    return pick_cluster(cluster or config.cluster).open(PRELOAD)
+
+
+# -- what a run goes through ---------------------------------------------------------------------------------------
+
+
+def start(
+    config: Config,
+    session: Session,
+    observer: Observer,
+    run_dir: str | Path | None = None,
+    interrupts: Interrupts | None = None,
+) -> RunResult:
+    """A new run, from preflight to result."""
+    folder = RunFolder.create(Path(run_dir) if run_dir else RUNS / new_name(config))
+    try:
+        with folder.locked(), interrupts or Interrupts() as interrupts:
+            prepared = prepare(config, session, observer, folder)
+            folder.write_config(prepared.config)
+            folder.write(PLAN, prepared.plan)
+            return Driver(prepared, folder, session, observer, interrupts).run()
+    except BaseException:
+        folder.remove_if_unused()
+        raise
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    task: Task | None = None,
+    workers: int | None = None,
+    link: str | None = None,
+    port: int | None = None,
+    threads: int | None = None,
+    deadline_s: float | None = None,
+    save_every: int | None = None,
+    eval_every: int | None = None,
+    keep: int | None = None,
+    restarts: int | None = None,
+    faults: Sequence[Fault] = (),
+    observer: Observer | None = None,
+    interrupts: Interrupts | None = None,
+) -> RunResult:
+    """Go on with a run from its newest good checkpoint: bit for bit, or with another number of workers.
+
+    What is None stays as it was. ``task`` is needed where the run was started with a live object: only names are saved.
+    Raises RunFolderError if there is no such run or it has ended; CheckpointError if no checkpoint of it is good.
+    """
+    folder = RunFolder.open(run_dir)
+    observer = observer or Silent()
+    if (result := folder.result()) is not None:
+        raise RunFolderError(
+            f"the run in {str(run_dir)!r} has finished (step {result['steps']}): there is nothing to resume. Start a new run."
+        )
+    config = folder.config()
+    if workers == 1:
+        link = link or "auto"  # the old one has nobody to join
+    asked = {
+        "task": None if task is None else refer(task, {}),
+        "workers": workers,
+        "link": link,
+        "port": 0 if port is None and link not in (None, "tcp") else port,
+        "threads": threads,
+        "deadline_s": deadline_s,
+        "save_every": save_every,
+        "eval_every": eval_every,
+        "keep": keep,
+        "restarts": restarts,
+        "faults": [f.to_dict() for f in faults],
+    }
+    config = msgspec.structs.replace(config, **{name: value for name, value in asked.items() if value is not None})
+    if not config.task.target and not config.task.pickled:
+        raise RunFolderError(
+            f"the task of {str(run_dir)!r} was a live object: resume with weft.resume(run_dir, task=...)."
+        )
+    compat.check(config)
+    with folder.locked(), open_cluster(config) as session, interrupts or Interrupts() as interrupts:
+        found = find_checkpoint(session, folder, observer)
+        prepared = prepare(config, session, observer, folder)
+        folder.write_config(prepared.config)
+        folder.write(PLAN, prepared.plan)
+        return Driver(prepared, folder, session, observer, interrupts).run(found)
+
+
+def explain(config: Config, session: Session, observer: Observer) -> Plan:
+    """The plan, and nothing else."""
+    return prepare(config, session, observer, None).plan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    pattern: Pattern
+    facts: Facts
+    plan: Plan
+    link: LinkSpec
+    total_steps: int
+
+
+def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
+    """Learn the facts in a throw-away member, choose what is `auto`, make the plan."""
+    job = Job(config=config, run_dir=str(folder.path) if folder else "")
+    reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
+    config = msgspec.convert(reply["config"], Config, strict=False)
+    facts = msgspec.convert(reply["facts"], Facts, strict=False)
+    compat.check(config)
+    pattern = registry.build(config.pattern, config.pattern_options)
+    cluster = pick_cluster(config.cluster)
+    chosen, why = config.link, "asked for"
+    if config.link == "auto":
+        chosen, why = cluster.default_carrier(config.workers, facts.device)
+    cluster.check(chosen)
+    steps_per_epoch = math.ceil(facts.train_examples / config.batch)
+    total = config.steps if config.steps is not None else max(1, round((config.epochs or 1) * steps_per_epoch))
+    running = sum(b.nbytes for b in facts.buffers if b.running)
+    heap = sum(facts.gradient_bytes.values()) + running + HEAP_SLACK
+    link = LinkSpec(chosen, config.workers, config.deadline_s, nbytes=heap, port=config.port, device=facts.device)
+    plan = make_plan(config, facts, pattern, link, total, why)
+    observer.on_plan(plan)
+    return Prepared(config, pattern, facts, plan, link, total)
+
+
+def call(session: Session, observer: Observer, entry: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Run an entry in a throw-away member; its error is raised here."""
+    ask = Call(session, lambda output: observer.on_output(output.member, output.text))
+    ended = ask(entry, payload)
+    if ended.error is not None:
+        error = errors.from_wire(ended.error)
+        if not hasattr(errors, ended.error["kind"]):
+            raise TaskError(f"the task failed in its first step:\n{ended.error['traceback'].rstrip()}")
+        raise error
+    if ended.failed:
+        failure = failure_of(ended, "preflight")
+        raise MemberFailed(f"the preflight process was lost: {failure.cause}", cause=failure.cause)
+    return ask.reply
+
+
+def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> dict[str, Any]:
+    """{"path", "step"} of the newest good one; empty if none was ever saved. Damaged ones are told and skipped."""
+    reply = call(session, observer, "weft.member:find_checkpoint", {"run_dir": str(folder.path)})
+    for reason in reply["skipped"]:
+        observer.on_event(
+            Event(kind="warning", role="driver", values={"text": f"skipped a damaged checkpoint: {reason}"})
+        )
+    if "path" not in reply and reply["skipped"]:
+        raise errors.CheckpointError(f"no checkpoint of {str(folder.path)!r} is good: {'; '.join(reply['skipped'])}")
+    return reply if "path" in reply else {}
+
+
+def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, total_steps: int, why: str) -> Plan:
+    shares = [
+        config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
+    ]
+    memory = pattern.memory(facts, config.workers)
+    return Plan(
+        task=config.task.name,
+        pattern=config.pattern,
+        tier=pattern.tier,
+        answers=pattern.answers,
+        cluster=config.cluster,
+        steps=total_steps,
+        epochs=total_steps / math.ceil(facts.train_examples / config.batch),
+        batch=config.batch,
+        num_parameters=sum(math.prod(p.shape) for p in facts.params),
+        num_trainable=sum(math.prod(p.shape) for p in facts.params if p.trainable),
+        train_examples=facts.train_examples,
+        test_examples=facts.test_examples,
+        dtype=config.dtype,
+        members=[
+            MemberPlan(
+                role=role.name,
+                member=m,
+                device=facts.device,
+                does=role.does,
+                examples_per_step=shares[m],
+                memory=memory,
+            )
+            for role in pattern.roles(config.workers)
+            for m in range(role.count)
+        ],
+        links=pattern.links(
+            facts, config.workers, link.carrier, lambda n: cost.all_reduce_bytes(link.carrier, n, config.workers)
+        ),
+        checkpoints=checkpoint_policy(config, total_steps),
+        choices={
+            "link": f"{link.carrier} ({why})",
+            "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
+        },
+        notes=pattern.notes(facts) + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+        config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
+    )
+
+
+def save_interval(config: Config, total_steps: int) -> int:
+    """Steps between checkpoints; 0: only at the end."""
+    return config.save_every if config.save_every is not None else max(MIN_SAVE_EVERY, total_steps // 10)
+
+
+def checkpoint_policy(config: Config, total_steps: int) -> str:
+    every = save_interval(config, total_steps)
+    when = f"every {every} steps and at the end" if every else "at the end"
+    return f"{when}, the last {config.keep} are kept"
+
+
+def new_name(config: Config) -> str:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.task.name}-{config.pattern}-{stamp}-{secrets.token_hex(2)}"
+
+
+def failure_of(event: Exited, role: str) -> Failure:
+    error = event.error or {}
+    name = signal.Signals(event.signal).name if event.signal else ""
+    return Failure(
+        event.member,
+        role,
+        event.code,
+        event.signal,
+        name,
+        error.get("kind", ""),
+        error.get("message", ""),
+        error.get("traceback", ""),
+        tuple(error.get("ranks", ())),
+    )
+
+
+def fold(failures: Sequence[Failure]) -> list[str]:
+    """["worker 0, 2, 3: PeerLost"]: those who failed alike in one phrase."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for f in failures:
+        alike.setdefault((f.role, f.kind or f.cause), []).append(f.member)
+    return [f"{role} {', '.join(map(str, sorted(members)))}: {what}" for (role, what), members in alike.items()]
+
+
+class Interrupts:
+    """Counts Ctrl-C and SIGTERM while it is entered (in the main thread; elsewhere Python gives no signals).
+
+    ``lasting``: and goes on to do so, for a program that has nothing else to do but to say how it ended.
+    """
+
+    def __init__(self, lasting: bool = False) -> None:
+        self.lasting = lasting
+        self.count = 0
+        self.training = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self.lasting:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if not self.training:
+            raise Interrupted("stopped before training began: nothing was lost.")
+
+
+class Totals:
+    """What the result says, added up from ticks."""
+
+    def __init__(self) -> None:
+        self.losses: deque[tuple[int, float]] = deque(maxlen=4 * TRAIN_LOSS_STEPS)
+        self.bytes_sent = 0
+        self.metrics: dict[str, float] = {}
+        self.step = 0
+        self._marks: list[tuple[float, float]] = []  # (time, joined examples since the mark before) by rank 0
+
+    def add(self, event: Event) -> None:
+        if event.kind == "eval":
+            self.metrics = dict(event.values)
+        if event.kind == "started" and event.member == 0:
+            self._marks = [(event.time, 0.0)]
+        if event.kind != "ticks":
+            return
+        values = event.values
+        self.bytes_sent += int(values["bytes_sent"])
+        if event.member == 0:
+            self.step = values["last"]
+            self.losses += [(s, math.nan if v is None else v) for s, v in enumerate(values["loss"], values["first"])]
+            self._marks.append((event.time, values["examples"]))
+
+    def go_back(self, step: int) -> None:
+        kept = [(s, v) for s, v in self.losses if s <= step]
+        self.losses.clear()
+        self.losses += kept
+        self._marks.clear()
+        self.step = step
+
+    @property
+    def train_loss(self) -> float:
+        late = [v for _, v in self.losses][-TRAIN_LOSS_STEPS:]
+        return sum(late) / len(late) if late else math.nan
+
+    @property
+    def examples_per_s(self) -> float:
+        """From the end of the first step (it warms up; in a short run: from the start) to the last tick."""
+        marks = self._marks[1:] if len(self._marks) > 4 else self._marks
+        if len(marks) < 2:
+            return 0.0
+        seconds = marks[-1][0] - marks[0][0]
+        return sum(n for _, n in marks[1:]) / seconds if seconds > 0 else 0.0
+
+
+class Driver:
+    """Starts the members, watches over them, brings the run back after a failure if it may."""
+
+    def __init__(
+        self, prepared: Prepared, folder: RunFolder, session: Session, observer: Observer, interrupts: Interrupts
+    ) -> None:
+        self.prepared, self.folder, self.session = prepared, folder, session
+        self.observer, self.interrupts = observer, interrupts
+        self.totals = Totals()
+        self.log = EventLog(folder.events)
+        self.outputs: dict[int, Any] = {}
+
+    def run(self, found: Mapping[str, Any] | None = None) -> RunResult:
+        config = self.prepared.config
+        restarts_left, attempt = config.restarts, 0
+        started = time.monotonic()
+        self.tell("plan", text=f"{self.prepared.plan.task} x {self.prepared.plan.pattern}")
+        self.interrupts.training = True
+        try:
+            if found:
+                for event in read_events(self.folder.events):  # the training loss of what was done before
+                    if event.kind == "ticks":
+                        self.totals.add(event)
+                self.totals.bytes_sent = 0
+                self.tell("resumed", path=found["path"], step=found["step"])
+                self.totals.go_back(found["step"])
+            while True:
+                failures = self.attempt(found or {}, attempt)
+                if not failures:
+                    break
+                failure = culprit(failures)
+                decision = decide(failure, restarts_left)
+                self.tell_failure(failure)
+                if not decision.restart:
+                    raise self.failed(failure, failures, decision.reason if config.restarts else "")
+                restarts_left, attempt = restarts_left - 1, attempt + 1
+                found = find_checkpoint(self.session, self.folder, self)
+                self.totals.go_back(found.get("step", 0))
+                self.tell("restarted", attempt=attempt, from_step=found.get("step", 0), reason=decision.reason)
+            if self.totals.step < self.prepared.total_steps:
+                raise Interrupted(
+                    f"stopped at step {self.totals.step} of {self.prepared.total_steps}, and saved. Go on with: weft resume {self.folder.path}"
+                )
+            result = self.result(time.monotonic() - started)
+            self.folder.write(RESULT, result.as_json())
+            self.tell("finished", seconds=result.seconds, metrics=result.metrics)
+            return result
+        finally:
+            self.log.close()
+            for file in self.outputs.values():
+                file.close()
+
+    def attempt(self, found: Mapping[str, Any], number: int) -> list[Failure]:
+        """Start all members and wait until none is left. Returns who failed, in order; empty if all ended well."""
+        p = self.prepared
+        config = p.config if number == 0 else msgspec.structs.replace(p.config, faults=[])
+        job = Job(
+            config=config,
+            run_dir=str(self.folder.path),
+            facts=p.facts,
+            total_steps=p.total_steps,
+            resume_from=found.get("path", ""),
+        )
+        payload = msgspec.to_builtins(job)
+        members = [
+            MemberSpec(m, role.name, "weft.member:work", payload)
+            for role in p.pattern.roles(config.workers)
+            for m in range(role.count)
+        ]
+        self.session.start(members, p.link)
+        alive = {m.member: m.role for m in members}
+        failures: list[Failure] = []
+        first_failure_s = stop_asked_s = math.inf
+        killed = False
+        while alive:
+            for event in self.session.poll(0.1):
+                if isinstance(event, Message):
+                    self.on_message(event)
+                elif isinstance(event, Output):
+                    self.on_output(event.member, event.text)
+                else:
+                    role = alive.pop(event.member)
+                    if event.failed and not killed:
+                        failures.append(failure_of(event, role))
+                        first_failure_s = min(first_failure_s, time.monotonic())
+            self.observer.on_idle()
+            now = time.monotonic()
+            if self.interrupts.count and stop_asked_s == math.inf:
+                stop_asked_s = now
+                self.tell("warning", text="stopping after this step and saving; Ctrl-C again stops at once")
+                self.session.request_stop()
+            too_late = now - stop_asked_s > config.deadline_s + STOP_S
+            if alive and not killed and (self.interrupts.count > 1 or too_late):
+                self.session.kill()
+                killed = True
+            if failures and alive and not killed and (not culprit(failures).is_echo or now - first_failure_s > GRACE_S):
+                self.session.kill()
+                killed = True
+        if self.interrupts.count > 1 or (killed and not failures):
+            raise Interrupted(
+                f"stopped at once; what came after the newest checkpoint is lost. Go on with: weft resume {self.folder.path}"
+            )
+        return failures
+
+    # -- telling
+
+    def tell(self, kind: str, **values: Any) -> None:
+        self.on_event(Event(kind=kind, role="driver", step=self.totals.step, values=values))
+
+    def on_message(self, message: Message) -> None:
+        if "event" in message.data:
+            self.on_event(msgspec.convert(message.data["event"], Event))
+
+    def on_event(self, event: Event) -> None:
+        self.log.write(event)
+        self.totals.add(event)
+        self.observer.on_event(event)
+
+    def on_output(self, member: int, text: str) -> None:
+        if member not in self.outputs:
+            self.outputs[member] = (self.folder.logs / f"worker-{member}.log").open("a")
+        self.outputs[member].write(text)
+        self.outputs[member].flush()
+        self.observer.on_output(member, text)
+
+    def on_idle(self) -> None:
+        self.observer.on_idle()
+
+    def on_plan(self, plan: Plan) -> None:
+        self.observer.on_plan(plan)
+
+    def tell_failure(self, failure: Failure) -> None:
+        self.on_event(
+            Event(
+                kind="failed",
+                role=failure.role,
+                member=failure.member,
+                step=self.totals.step,
+                values={"cause": failure.cause, "traceback": failure.traceback},
+            )
+        )
+
+    def failed(self, failure: Failure, failures: list[Failure], reason: str) -> MemberFailed:
+        echoes = fold([f for f in failures if f.member != failure.member])
+        lines = [
+            f"{failure.role} {failure.member} failed, last heard of after step {self.totals.step}: {failure.cause}"
+        ]
+        if echoes:
+            lines.append(f"(then, because of it: {'; '.join(echoes)})")
+        if reason and reason != "no restarts are left":
+            lines.append(f"Not restarted: {reason}.")
+        if any(self.folder.checkpoints.glob("step-*")):
+            lines.append(f"Go on from the newest checkpoint with: weft resume {self.folder.path}")
+        return MemberFailed("\n".join(lines), member=failure.member, cause=failure.cause, traceback=failure.traceback)
+
+    def result(self, seconds: float) -> RunResult:
+        metrics = dict(self.totals.metrics)
+        loss = metrics.pop("loss", math.nan)
+        totals = self.totals
+        return RunResult(
+            loss=loss,
+            train_loss=totals.train_loss,
+            metrics=metrics,
+            steps=totals.step,
+            seconds=seconds,
+            examples_per_s=totals.examples_per_s,
+            bytes_sent=totals.bytes_sent,
+            world=self.prepared.config.workers,
+            run_dir=str(self.folder.path),
+            notes=self.prepared.facts.notes,
+        )

@@ -1,0 +1,121 @@
+"""Synchronous data parallelism: every worker holds the model, gradients are averaged at each step, weighted by examples.
+
+Equal to one process on the joined batch. One exchange a step, of 2(p-1)/p times the gradients' bytes per worker
+(Patarasuk & Yuan 2009); beside them travel each rank's loss, weight and stop flag, so that all ranks agree on all three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from weft.errors import ConfigError, Incompatible
+from weft.patterns.base import Context, Facts, Pattern, Role, tail_numel
+from weft.plan import LinkPlan
+from weft.update import ClipNorm
+
+if TYPE_CHECKING:
+    from weft.comm.link import Link
+    from weft.config import Config
+    from weft.patterns.training import Exchange, Replica
+
+
+@dataclass(frozen=True)
+class AllReduce(Pattern):
+    name: ClassVar[str] = "allreduce"
+    tier: ClassVar[Literal["stable"]] = "stable"
+    summary: ClassVar[str] = (
+        "synchronous data parallelism: same result as one process on the joined batch; fast links, equal workers"
+    )
+    answers: ClassVar[dict[str, str]] = {
+        "where do parameters live": "on every worker",
+        "who talks to whom": "a ring of all workers (any collective)",
+        "when": "each step, after backward",
+        "what travels": "gradients",
+        "how combined": "mean weighted by examples, summed in rank order",
+    }
+
+    accumulate: int = field(default=1, metadata={"doc": "micro-batches per step: less memory, same result"})
+    clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of the averaged gradient"})
+    autocast: Literal["none", "bf16"] = field(
+        default="none", metadata={"doc": "compute in bfloat16 where torch holds it safe"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
+        if self.clip_norm is not None and not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
+            raise ConfigError(f"clip_norm={self.clip_norm} is not possible: give a positive number, or none.")
+
+    def roles(self, workers: int) -> tuple[Role, ...]:
+        return (
+            Role(
+                "worker",
+                workers,
+                "weft.patterns.training:train",
+                "holds the whole model, trains on its share of each batch",
+            ),
+        )
+
+    def check(self, facts: Facts, config: Config) -> None:
+        if self.autocast == "bf16" and config.dtype == "float64":
+            raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+        share = config.batch // config.workers
+        if self.accumulate > share:
+            raise ConfigError(
+                f"accumulate={self.accumulate} cannot cut a worker's share of {share} examples (batch {config.batch} over "
+                f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
+            )
+
+    def links(self, facts: Facts, workers: int, carrier: str, bytes_for: Callable[[int], int]) -> list[LinkPlan]:
+        if workers == 1:
+            return []
+        gradients = facts.gradient_bytes
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        tail = 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
+        what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
+        integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
+        nbytes = bytes_for(sum(gradients.values()) + running - integers + tail)
+        if integers:
+            nbytes += bytes_for(integers)
+        if any(p.sparse for p in facts.params):
+            what += "; beside these the touched rows of sparse parameters, which are not counted here"
+        return [LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)]
+
+    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
+        copies = 1 if workers == 1 else 2  # autograd's and the arena's
+        return {
+            "parameters": sum(p.nbytes for p in facts.params),
+            "gradients": copies * sum(p.nbytes for p in facts.params if p.trainable),
+            "optimizer": facts.optimizer_bytes,
+            "activations": facts.activation_bytes // self.accumulate,
+            "buffers": sum(b.nbytes for b in facts.buffers),
+        }
+
+    def notes(self, facts: Facts) -> list[str]:
+        result = []
+        if any(b.running for b in facts.buffers):
+            result.append(
+                "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "
+                "workers, weighted by examples, at each step (integer ones: the largest)"
+            )
+        if sparse := [p.name for p in facts.params if p.sparse]:
+            result.append(
+                f"sparse gradients ({', '.join(sparse)}): only touched rows travel, gathered from all workers"
+            )
+        if frozen := sum(not p.trainable for p in facts.params):
+            result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
+        return result
+
+    def replica(self, ctx: Context) -> Replica:
+        from weft.patterns.training import Replica
+
+        chain = [ClipNorm(self.clip_norm)] if self.clip_norm is not None else []
+        return Replica(ctx, accumulate=self.accumulate, autocast=self.autocast, chain=chain)
+
+    def exchange(self, replica: Replica, link: Link) -> Exchange:
+        from weft.patterns.mean import JoinedMean
+
+        return JoinedMean(replica, link)

@@ -1,0 +1,37 @@
+"""Optimizer state by parameter name, so that another layout, or a model with its parameters in another order, can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.errors import CheckpointError
+
+
+def optimizer_state_by_name(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    names = {id(p): n for n, p in params.items()}
+    state = optimizer.state_dict()
+    order = [names[id(p)] for g in optimizer.param_groups for p in g["params"]]
+    groups = [
+        {k: v for k, v in g.items() if k != "params"} | {"params": [order[i] for i in g["params"]]}
+        for g in state["param_groups"]
+    ]
+    return {"state": {order[i]: s for i, s in state["state"].items()}, "param_groups": groups}
+
+
+def load_optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], state: Mapping[str, Any]
+) -> None:
+    names = {id(p): n for n, p in params.items()}
+    position = {names[id(p)]: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    saved = [n for g in state["param_groups"] for n in g["params"]]
+    if set(saved) != set(position):
+        raise CheckpointError(
+            f"the checkpoint's optimizer holds parameters {sorted(set(saved) ^ set(position))[:5]} that the task's does not, or "
+            "the reverse: resume with the task it was made by."
+        )
+    groups = [dict(g) | {"params": [position[n] for n in g["params"]]} for g in state["param_groups"]]
+    optimizer.load_state_dict({"state": {position[n]: s for n, s in state["state"].items()}, "param_groups": groups})
