@@ -1,0 +1,376 @@
+"""The command line. Every command is a thin call of what Python users call; nothing here imports torch unless it must."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from weft.errors import CheckpointError, ConfigError, WeftError
+
+if TYPE_CHECKING:
+    from weft.clusters.base import Session
+    from weft.config import Config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train one task under any distributed pattern. Start with: weft run digits --workers 2",
+)
+ckpt = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a run.")
+app.add_typer(ckpt, name="ckpt")
+
+TaskArgument = Annotated[
+    str, typer.Argument(help="a shipped task (see `weft tasks`), path/to/file.py:MyTask or package.module:MyTask")
+]
+PatternOption = Annotated[str, typer.Option("--pattern", "-p", help="how it is distributed (see `weft patterns`)")]
+TaskSettings = Annotated[
+    list[str],
+    typer.Option(
+        "-t", help="an option of the task, key=value; may be given again", default_factory=list, show_default=False
+    ),
+]
+PatternSettings = Annotated[
+    list[str],
+    typer.Option(
+        "-o", help="an option of the pattern, key=value; may be given again", default_factory=list, show_default=False
+    ),
+]
+Workers = Annotated[int, typer.Option("--workers", "-w", help="how many workers")]
+Steps = Annotated[int | None, typer.Option(help="length in joined batches")]
+Epochs = Annotated[float | None, typer.Option(help="length in passes over the training set (instead of --steps)")]
+Batch = Annotated[int | None, typer.Option(help="the joined batch of all workers [default: the task's]")]
+Seed = Annotated[int, typer.Option(help="all randomness follows from it")]
+Dtype = Annotated[str, typer.Option(help="float32 or float64")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Partition = Annotated[
+    str,
+    typer.Option(
+        help="who gets which examples: shuffle (dealt anew each epoch), random, stratified, contiguous, dirichlet:0.3, ..."
+    ),
+]
+Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp, gloo, nccl")]
+Port = Annotated[
+    int, typer.Option(help="with --link tcp: worker r listens on port + r of the loopback address (0: any free)")
+]
+Threads = Annotated[int, typer.Option(help="compute threads of each worker")]
+Deadline = Annotated[
+    float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails")
+]
+SaveEvery = Annotated[
+    int | None, typer.Option(help="steps between checkpoints [default: a tenth of the run; 0: only at the end]")
+]
+EvalEvery = Annotated[int, typer.Option(help="steps between evaluations on held-out data (0: only at the end)")]
+Keep = Annotated[int, typer.Option(help="how many checkpoints are kept")]
+Restarts = Annotated[int, typer.Option(help="how often the run may come back by itself after a failure")]
+RunDir = Annotated[Path | None, typer.Option(help="folder of the run [default: a new one in runs/]")]
+Cluster = Annotated[str, typer.Option(help="where it runs: local (processes) or inprocess (threads)")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")]
+RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
+
+
+def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], None]) -> Callable[..., None]:
+    """A command that takes everything that describes a run."""
+
+    def command(
+        task: TaskArgument,
+        t: TaskSettings,
+        o: PatternSettings,
+        pattern: PatternOption = "allreduce",
+        workers: Workers = 1,
+        steps: Steps = None,
+        epochs: Epochs = None,
+        batch: Batch = None,
+        seed: Seed = 0,
+        dtype: Dtype = "float32",
+        device: Device = "auto",
+        partition: Partition = "shuffle",
+        link: Link = "auto",
+        port: Port = 0,
+        threads: Threads = 1,
+        deadline_s: Deadline = 60.0,
+        save_every: SaveEvery = None,
+        eval_every: EvalEvery = 0,
+        keep: Keep = 3,
+        restarts: Restarts = 0,
+        run_dir: RunDir = None,
+        cluster: Cluster = "local",
+        json_: Json = False,
+    ) -> None:
+        request = locals().copy()
+        settings = {name: request[name] for name in SETTINGS}
+        session, config = _open(task, t, pattern, o, cluster, settings)
+        with session, _terminal(json_) as terminal:
+            act(config, session, terminal, run_dir)
+
+    command.__doc__ = act.__doc__
+    return command
+
+
+#: Of the arguments of a training command, those that are fields of Config by the same name.
+SETTINGS = (
+    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "link", "port", "threads"),
+    *("deadline_s", "save_every", "eval_every", "keep", "restarts"),
+)
+
+
+def _run(config: Config, session: Session, terminal: _Terminal, run_dir: Path | None) -> None:
+    """Train a task, and print what came out."""
+    from weft import driver
+
+    terminal.close_with(driver.start(config, session, terminal, run_dir, driver.Interrupts(lasting=True)))
+
+
+def _explain(config: Config, session: Session, terminal: _Terminal, run_dir: Path | None) -> None:
+    """Print the plan of a run and stop: who does what, bytes per step and link, memory per worker."""
+    from weft import driver
+
+    if run_dir is not None:
+        raise ConfigError(f"run_dir={str(run_dir)!r}: explain writes nothing, leave --run-dir out.")
+    plan = driver.explain(config, session, terminal)
+    if terminal.as_json:
+        import msgspec
+
+        _print_json(msgspec.to_builtins(plan))
+
+
+app.command("run")(_training_command(_run))
+app.command("explain")(_training_command(_explain))
+
+
+@app.command()
+def resume(
+    run_dir: RunArgument,
+    workers: Annotated[int | None, typer.Option("--workers", "-w", help="another number of workers")] = None,
+    link: Annotated[str | None, typer.Option(help="another carrier")] = None,
+    port: Annotated[int | None, typer.Option(help="another first port for --link tcp")] = None,
+    threads: Annotated[int | None, typer.Option(help="compute threads of each worker")] = None,
+    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
+    keep: Annotated[int | None, typer.Option(help="how many checkpoints are kept")] = None,
+    restarts: Annotated[int | None, typer.Option(help="how often the run may come back by itself")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds that a worker waits for another")] = None,
+    json_: Json = False,
+) -> None:
+    """Go on with a run from its newest good checkpoint."""
+    from weft import driver
+
+    with _terminal(json_) as terminal:
+        result = driver.resume(
+            run_dir,
+            workers=workers,
+            link=link,
+            port=port,
+            threads=threads,
+            save_every=save_every,
+            eval_every=eval_every,
+            keep=keep,
+            restarts=restarts,
+            deadline_s=deadline,
+            observer=terminal,
+            interrupts=driver.Interrupts(lasting=True),
+        )
+        terminal.close_with(result)
+
+
+@app.command()
+def diff(
+    run_a: RunArgument,
+    run_b: RunArgument,
+    json_: Json = False,
+) -> None:
+    """The largest absolute difference of two runs' final parameters, and relative to their global norm."""
+    from weft.compare import diff_runs
+
+    found = diff_runs(run_a, run_b)
+    if json_:
+        _print_json({"max_abs": found.max_abs, "name": found.name, "relative_to_norm": found.relative_to_norm})
+    else:
+        print(
+            f"largest difference {found.max_abs:.3g} (in {found.name}), {found.relative_to_norm:.3g} of the global norm of {run_a}"
+        )
+
+
+@app.command()
+def tasks() -> None:
+    """The shipped tasks and their options."""
+    from weft.loading import load_class
+    from weft.options import describe
+    from weft.report.terminal import render_tasks
+    from weft.tasks import TASKS
+
+    rows = [
+        {"name": name, "summary": entry.summary, "options": describe(load_class(entry.target))}
+        for name, entry in TASKS.items()
+    ]
+    Console().print(render_tasks(rows))
+
+
+@app.command()
+def patterns() -> None:
+    """What each pattern is for, its options, defaults and support tier."""
+    from weft.options import describe
+    from weft.patterns.registry import PATTERNS
+    from weft.report.terminal import render_patterns
+
+    rows = [{"name": n, "tier": p.tier, "summary": p.summary, "options": describe(p)} for n, p in PATTERNS.items()]
+    Console().print(render_patterns(rows))
+
+
+@ckpt.command("list")
+def ckpt_list(run_dir: RunArgument) -> None:
+    """The checkpoints of a run, oldest first."""
+    from weft.config import RunFolder
+    from weft.resilience import checkpoint
+
+    paths = checkpoint.list_checkpoints(RunFolder.open(run_dir).checkpoints)
+    for path in paths:
+        try:
+            manifest = checkpoint.read_manifest(path)
+        except CheckpointError as error:
+            print(f"{path}  DAMAGED: {error}")
+            continue
+        size = sum(f.stat().st_size for f in path.iterdir())
+        print(f"{path}  step {manifest.step}  {manifest.world} workers  {size / 1e6:.2f} MB")
+    if not paths:
+        print("no checkpoints yet")
+
+
+@ckpt.command("verify")
+def ckpt_verify(run_dir: RunArgument) -> None:
+    """Read every byte of every checkpoint; exit status 1 if one is damaged."""
+    from weft.config import RunFolder
+    from weft.resilience import checkpoint
+
+    paths = checkpoint.list_checkpoints(RunFolder.open(run_dir).checkpoints)
+    bad = 0
+    for path in paths:
+        problems = checkpoint.verify(path)
+        bad += bool(problems)
+        print(f"{path}  {'good' if not problems else 'DAMAGED: ' + '; '.join(problems)}")
+    if not paths:
+        print("no checkpoints yet")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """The version of Weft."""
+    from weft import __version__
+
+    print(__version__)
+
+
+# -- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _open(
+    task: str, t: list[str], pattern: str, o: list[str], cluster: str, settings: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Start the cluster first: it imports torch while we import what we need and read the rest of the request."""
+    from weft.clusters import PRELOAD, pick_cluster
+
+    session = pick_cluster(cluster).open(PRELOAD)
+    try:
+        from weft import driver
+        from weft.options import parse_assignments
+
+        task_options, pattern_options = parse_assignments(t, "task"), parse_assignments(o, "pattern")
+        return session, driver.make_config(task, pattern, cluster, task_options, pattern_options, **settings)
+    except BaseException:
+        session.close()
+        raise
+
+
+class _Terminal:
+    """Shows a run on the console: on stderr where stdout is for JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=as_json)
+        self.view: Any = None
+        self.plan: Any = None
+
+    def on_plan(self, plan: Any) -> None:
+        from weft.report.terminal import LiveView, render_plan
+
+        self.plan = plan
+        self.console.print(render_plan(plan))
+        self.view = LiveView(plan, self.console, self.console.is_terminal)
+
+    def on_event(self, event: Any) -> None:
+        if self.view is None:
+            if event.kind == "warning":
+                self.console.print(f"warning: {event.values['text']}", markup=False)
+            return
+        if event.kind == "plan":
+            self.view.__enter__()
+        self.view.on_event(event)
+
+    def on_output(self, member: int, text: str) -> None:
+        if self.view is not None:
+            self.view.on_output(member, text)
+        else:
+            self.console.print(text.rstrip(), markup=False, highlight=False)
+
+    def on_idle(self) -> None:
+        if self.view is not None:
+            self.view.on_idle()
+
+    def close_with(self, result: Any) -> None:
+        from weft.report.terminal import closing_summary
+
+        summary = self.view.summary
+        self.leave(None)
+        self.console.print(closing_summary(result.as_json(), summary, self.plan))
+        if self.as_json:
+            _print_json(result.as_json())
+
+    def leave(self, error: BaseException | None) -> None:
+        if self.view is not None:
+            self.view.__exit__(type(error) if error else None, error, None)
+            self.view = None
+
+
+@contextmanager
+def _terminal(as_json: bool) -> Iterator[_Terminal]:
+    terminal = _Terminal(as_json)
+    try:
+        yield terminal
+    except BaseException as error:
+        terminal.leave(error)
+        raise
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import math
+
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    print(json.dumps(clean, default=str), flush=True)
+
+
+def main() -> None:
+    try:
+        app()
+    except WeftError as error:
+        from weft.report.terminal import render_error
+
+        Console(stderr=True).print(render_error(error), soft_wrap=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()
