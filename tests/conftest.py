@@ -1,0 +1,77 @@
+"""No test may leave a process behind: one that does fails, and what it left is killed.
+
+A child is found by its parent, or, when it has outlived its parent, by a mark that processes inherit in their
+environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+
+MARK = "WEFT_TEST_SESSION"
+#: A child that has been told to end gets this long; it is not a measure of speed.
+GRACE_S = 5.0
+#: multiprocessing keeps these for the life of the whole test session.
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+os.environ[MARK] = str(os.getpid())
+
+# A process that has computed with threads hangs the children it forks, and many tests fork.
+torch.set_num_threads(1)
+
+# The machine may be busy: hypothesis must not call a slow example an error.
+settings.register_profile("weft", deadline=None)
+settings.load_profile("weft")
+
+
+@pytest.fixture(autouse=True)
+def no_stray_processes() -> Iterator[None]:
+    before = strays()
+    yield
+    left = strays() - before
+    if not left:
+        return
+    _, left_alive = psutil.wait_procs(list(left), timeout=GRACE_S)
+    if left_alive:
+        names = [describe(process) for process in left_alive]
+        for process in left_alive:
+            process.kill()
+        psutil.wait_procs(left_alive, timeout=GRACE_S)
+        pytest.fail(f"the test left {len(names)} processes running:\n" + "\n".join(names))
+
+
+def strays() -> set[psutil.Process]:
+    """Every running process, zombies left out, that stems from this test session."""
+    me = psutil.Process()
+    found = set(me.children(recursive=True))
+    found |= {process for process in psutil.process_iter() if process.pid != me.pid and is_marked(process)}
+    return {process for process in found if is_running(process)}
+
+
+def is_marked(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(MARK) == str(os.getpid())
+    except psutil.Error:
+        return False
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not any(helper in argument for argument in process.cmdline() for helper in HELPERS)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def describe(process: psutil.Process) -> str:
+    try:
+        return f"  {process.pid}: {' '.join(process.cmdline()) or process.name()}"
+    except psutil.Error:
+        return f"  {process.pid}: ended meanwhile"
