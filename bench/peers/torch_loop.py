@@ -1,0 +1,109 @@
+"""The peer of step.py: a plain torch training loop on a task of Weft's; under torchrun, in DDP over Gloo.
+
+Model, data, loss, optimizer and schedule are the task's own, so that both sides do the same work, and batches are cut
+by direct indexing, not by a DataLoader. Of several DDP settings each is timed on a new model in the same process; the
+harness takes the best. Rank 0 prints one JSON object: seconds per step by setting, and when the very first step ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset, default_collate
+
+from weft.data.keys import key_int
+
+Model = torch.nn.Module
+
+SETTINGS: dict[str, dict[str, bool]] = {
+    "copy": {"gradient_as_bucket_view": False},
+    "view": {"gradient_as_bucket_view": True},
+    "view+static": {"gradient_as_bucket_view": True, "static_graph": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", help="module:Class")
+    parser.add_argument("--options", type=json.loads, default={}, help="arguments of the task, as JSON")
+    parser.add_argument("--batch", type=int, required=True, help="examples per worker and step")
+    parser.add_argument("--warmup", type=int, required=True, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, required=True, help="steps under the clock")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["view"], help="of DDP, in this order")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1:
+        dist.init_process_group("gloo")
+    module, name = args.task.split(":")
+    task = getattr(importlib.import_module(module), name)(**args.options)
+    batches = batches_of(task, args.batch, rank, world)
+
+    first_step_at: list[float] = []
+    step_s = {}
+    for setting in args.settings if world > 1 else ["plain"]:
+        torch.manual_seed(key_int(0, "init"))  # Weft's weights: a step's time depends on them (max-pooling branches)
+        model: Model = task.model()
+        if world > 1:
+            model = DistributedDataParallel(model, **SETTINGS[setting])
+        step_s[setting] = time_steps(task, model, batches, args.warmup, args.steps, first_step_at)
+    if rank == 0:
+        print(json.dumps({"step_s": step_s, "first_step_at": first_step_at[0]}), flush=True)
+    if world > 1:
+        dist.barrier()
+        os._exit(0)  # torch 2.13 at times aborts while it takes Gloo's threads down
+
+
+def time_steps(
+    task: Any, model: Model, batches: Iterator[Any], warmup: int, steps: int, first_step_at: list[float]
+) -> float:
+    """Seconds per step over ``steps`` steps after ``warmup``."""
+    optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
+    schedule = task.schedule(optimizer, warmup + steps)
+    begun = time.perf_counter()
+    for step in range(warmup + steps):
+        if step == warmup:
+            begun = time.perf_counter()
+        optimizer.zero_grad()
+        task.loss(model, next(batches)).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        if not first_step_at:
+            first_step_at.append(time.time())
+    return (time.perf_counter() - begun) / steps
+
+
+def batches_of(task: Any, size: int, rank: int, world: int) -> Iterator[Any]:
+    """This rank's batches, epoch after epoch, in an order that all ranks draw alike."""
+    dataset, _ = task.data()
+    fetch = fetcher(task, dataset)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        order = torch.randperm(len(dataset), generator=generator)[rank::world]
+        for start in range(0, len(dataset) // world - size + 1, size):
+            yield fetch(order[start : start + size])
+
+
+def fetcher(task: Any, dataset: Any) -> Callable[[torch.Tensor], Any]:
+    if isinstance(dataset, TensorDataset) and task.collate is None:
+        tensors = dataset.tensors
+        return lambda index: [t[index] for t in tensors]
+    collate = task.collate or default_collate
+    if hasattr(dataset, "__getitems__"):
+        return lambda index: collate(dataset.__getitems__(index.tolist()))
+    return lambda index: collate([dataset[i] for i in index.tolist()])
+
+
+if __name__ == "__main__":
+    main()
