@@ -47,6 +47,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
 
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Joined batches in a pass over the training set; the last may be smaller."""
+        return -(-num_examples // self.batch)
+
+    def total_steps(self, num_examples: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 1) * self.steps_per_epoch(num_examples)))
+
 
 CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
     "config.json",
@@ -57,7 +66,14 @@ CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
     "logs",
 )
 LOCK = ".lock"
-FIRST_PART = "worker-0"  # of a checkpoint: with whole replicas rank 0 writes for all
+
+
+def part_of(rank: int) -> str:
+    """The name of what a worker writes to a checkpoint."""
+    return f"worker-{rank}"
+
+
+FIRST_PART = part_of(0)  # what all workers hold alike
 
 
 class RunFolder:

@@ -5,7 +5,6 @@ This is the launcher's side. It does not import torch: models live in the member
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import math
 import secrets
@@ -24,10 +23,11 @@ import msgspec
 from weft import compat, cost, errors, tasks
 from weft.clusters import PRELOAD, pick_cluster
 from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session
+from weft.comm.link import WORLD
 from weft.config import PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
-from weft.events import Event, EventLog, read_events
+from weft.events import Event, EventLog, LossJoiner, read_events
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern
 from weft.plan import MemberPlan, Plan
@@ -75,6 +75,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     run_dir: str
     facts: Facts | None = None
     total_steps: int = 0
+    save_every: int = 0  # 0: only at the end
     resume_from: str = ""
 
 
@@ -187,7 +188,7 @@ def make_config(
     else:
         if pattern_options:
             raise ConfigError("pattern_options are for a pattern given by name: set them on the pattern itself.")
-        name, options = pattern.name, {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}
+        name, options = pattern.name, registry.options_of(pattern)
     parse_partitioner(settings["partition"])
     if batch is not None and batch < 1:
         raise ConfigError(f"batch={batch} is not possible: give a whole number of 1 or more.")
@@ -322,8 +323,9 @@ class Prepared:
     pattern: Pattern
     facts: Facts
     plan: Plan
-    link: LinkSpec
+    links: list[LinkSpec]  # the first joins all workers
     total_steps: int
+    save_every: int
 
 
 def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
@@ -339,14 +341,24 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     if config.link == "auto":
         chosen, why = cluster.default_carrier(config.workers, facts.device)
     cluster.check(chosen)
-    steps_per_epoch = math.ceil(facts.train_examples / config.batch)
-    total = config.steps if config.steps is not None else max(1, round((config.epochs or 1) * steps_per_epoch))
-    running = sum(b.nbytes for b in facts.buffers if b.running)
-    heap = sum(facts.gradient_bytes.values()) + running + HEAP_SLACK
-    link = LinkSpec(chosen, config.workers, config.deadline_s, nbytes=heap, port=config.port, device=facts.device)
-    plan = make_plan(config, facts, pattern, link, total, why)
+    links = [
+        LinkSpec(
+            chosen,
+            len(group.members),
+            config.deadline_s,
+            nbytes=group.nbytes + HEAP_SLACK,
+            port=config.port if group.name == WORLD else 0,
+            device=facts.device,
+            group=group.name,
+            members=group.members,
+        )
+        for group in pattern.groups(facts, config.workers)
+    ]
+    total = config.total_steps(facts.train_examples)
+    save_every = save_interval(config, total, pattern.period(facts, config))
+    plan = make_plan(config, facts, pattern, chosen, total, save_every, why)
     observer.on_plan(plan)
-    return Prepared(config, pattern, facts, plan, link, total)
+    return Prepared(config, pattern, facts, plan, links, total, save_every)
 
 
 def call(session: Session, observer: Observer, entry: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -376,7 +388,9 @@ def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> 
     return reply if "path" in reply else {}
 
 
-def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, total_steps: int, why: str) -> Plan:
+def make_plan(
+    config: Config, facts: Facts, pattern: Pattern, carrier: str, total_steps: int, save_every: int, why: str
+) -> Plan:
     shares = [
         config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
     ]
@@ -388,7 +402,7 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
         answers=pattern.answers,
         cluster=config.cluster,
         steps=total_steps,
-        epochs=total_steps / math.ceil(facts.train_examples / config.batch),
+        epochs=total_steps / config.steps_per_epoch(facts.train_examples),
         batch=config.batch,
         num_parameters=sum(math.prod(p.shape) for p in facts.params),
         num_trainable=sum(math.prod(p.shape) for p in facts.params if p.trainable),
@@ -407,26 +421,27 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
             for role in pattern.roles(config.workers)
             for m in range(role.count)
         ],
-        links=pattern.links(
-            facts, config.workers, link.carrier, lambda n: cost.all_reduce_bytes(link.carrier, n, config.workers)
-        ),
-        checkpoints=checkpoint_policy(config, total_steps),
+        links=pattern.links(facts, config, lambda n, world: cost.all_reduce_bytes(carrier, n, world), carrier),
+        checkpoints=checkpoint_policy(config, save_every),
         choices={
-            "link": f"{link.carrier} ({why})",
+            "link": f"{carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         },
-        notes=pattern.notes(facts) + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+        notes=pattern.notes(facts, config)
+        + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )
 
 
-def save_interval(config: Config, total_steps: int) -> int:
-    """Steps between checkpoints; 0: only at the end."""
-    return config.save_every if config.save_every is not None else max(MIN_SAVE_EVERY, total_steps // 10)
+def save_interval(config: Config, total_steps: int, period: int) -> int:
+    """Steps between checkpoints; 0: only at the end. By default whole periods of the pattern: they cost no exchange."""
+    if config.save_every is not None:
+        return config.save_every
+    every = max(MIN_SAVE_EVERY, total_steps // 10)
+    return math.ceil(every / period) * period
 
 
-def checkpoint_policy(config: Config, total_steps: int) -> str:
-    every = save_interval(config, total_steps)
+def checkpoint_policy(config: Config, every: int) -> str:
     when = f"every {every} steps and at the end" if every else "at the end"
     return f"{when}, the last {config.keep} are kept"
 
@@ -504,13 +519,14 @@ class Totals:
             self.metrics = dict(event.values)
         if event.kind == "started" and event.member == 0:
             self._marks = [(event.time, 0.0)]
+        values = event.values
+        if event.kind == "loss" or (event.kind == "ticks" and event.member == 0 and "loss" in values):
+            self.losses += [(s, math.nan if v is None else v) for s, v in enumerate(values["loss"], values["first"])]
         if event.kind != "ticks":
             return
-        values = event.values
         self.bytes_sent += int(values["bytes_sent"])
         if event.member == 0:
             self.step = values["last"]
-            self.losses += [(s, math.nan if v is None else v) for s, v in enumerate(values["loss"], values["first"])]
             self._marks.append((event.time, values["examples"]))
 
     def go_back(self, step: int) -> None:
@@ -544,6 +560,7 @@ class Driver:
         self.prepared, self.folder, self.session = prepared, folder, session
         self.observer, self.interrupts = observer, interrupts
         self.totals = Totals()
+        self.losses = LossJoiner(0)
         self.log = EventLog(folder.events)
         self.outputs: dict[int, Any] = {}
 
@@ -556,7 +573,7 @@ class Driver:
         try:
             if found:
                 for event in read_events(self.folder.events):  # the training loss of what was done before
-                    if event.kind == "ticks":
+                    if event.kind in ("ticks", "loss"):
                         self.totals.add(event)
                 self.totals.bytes_sent = 0
                 self.tell("resumed", path=found["path"], step=found["step"])
@@ -596,6 +613,7 @@ class Driver:
             run_dir=str(self.folder.path),
             facts=p.facts,
             total_steps=p.total_steps,
+            save_every=p.save_every,
             resume_from=found.get("path", ""),
         )
         payload = msgspec.to_builtins(job)
@@ -604,7 +622,8 @@ class Driver:
             for role in p.pattern.roles(config.workers)
             for m in range(role.count)
         ]
-        self.session.start(members, p.link)
+        self.losses = LossJoiner(len(members))
+        self.session.start(members, p.links)
         alive = {m.member: m.role for m in members}
         failures: list[Failure] = []
         first_failure_s = stop_asked_s = math.inf
@@ -652,6 +671,8 @@ class Driver:
         self.log.write(event)
         self.totals.add(event)
         self.observer.on_event(event)
+        if "own_loss" in event.values and (joined := self.losses.add(event)):
+            self.on_event(joined)
 
     def on_output(self, member: int, text: str) -> None:
         if member not in self.outputs:

@@ -4,7 +4,9 @@ Kinds and their ``values``:
   plan      text; the whole plan is in plan.json
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
-            step), examples (joined), compute_s, exchange_s, wait_s, data_s (this member's seconds), bytes_sent
+            step), examples (joined), compute_s, exchange_s, wait_s, data_s (this member's seconds), bytes_sent.
+            Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
+  loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step
@@ -17,6 +19,7 @@ Kinds and their ``values``:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,3 +65,34 @@ def read_events(path: Path) -> Iterator[Event]:
         for line in file:
             if line.endswith(b"\n"):
                 yield _decoder.decode(line)
+
+
+class LossJoiner:
+    """From what members tell of their own shares to the loss of each joined batch, once all have told it."""
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._open: dict[int, list[float]] = {}  # by step: sum, weight, how many members
+
+    def add(self, tick: Event) -> Event | None:
+        """The "loss" event of the steps that this tick completes. All members go through the same steps in order."""
+        values = tick.values
+        done: list[float | None] = []
+        last = 0
+        for step, loss, weight in zip(
+            range(values["first"], values["last"] + 1), values["own_loss"], values["own_weight"], strict=True
+        ):
+            entry = self._open.setdefault(step, [0.0, 0.0, 0])
+            entry[0] += weight * (math.nan if loss is None else loss) if weight else 0.0
+            entry[1] += weight
+            entry[2] += 1
+            if entry[2] == self.members:
+                del self._open[step]
+                mean = entry[0] / entry[1] if entry[1] else math.nan
+                done.append(mean if math.isfinite(mean) else None)
+                last = step
+        if not done:
+            return None
+        return Event(
+            kind="loss", role="driver", step=last, values={"first": last - len(done) + 1, "last": last, "loss": done}
+        )

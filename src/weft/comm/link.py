@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Op = Literal["sum", "max"]
 DEADLINE_S = 60.0
+WORLD = "world"  # the name of the group of all members
 
 
 @dataclass

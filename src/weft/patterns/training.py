@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.comm.link import Link
+from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
 from weft.data.sampler import Sampler
 from weft.errors import CheckpointError, TaskError
-from weft.patterns.base import Context, SafePoint, StepReport
+from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss, evaluate_batch, groups_of
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
@@ -39,16 +40,11 @@ def flat_buffer(link: Link, numel: int, dtype: torch.dtype, device: torch.device
 
 
 class Arena:
-    """One flat buffer per dtype that holds all dense gradients, so that an exchange is one call and not one per tensor.
-
-    Alone there is no exchange: gradients then stay where autograd puts them, and the arena is empty.
-    """
+    """One flat buffer per dtype with a view for each parameter, so that an exchange is one call and not one per tensor."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], link: Link) -> None:
         self.buffers: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
-        if link.world == 1:
-            return
         for dtype in dict.fromkeys(p.dtype for p in params.values()):
             members = {n: p for n, p in params.items() if p.dtype == dtype}
             device = next(iter(members.values())).device
@@ -66,7 +62,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Replica:
-    """A whole model on one worker: its arena, optimizer, schedule, place in the data."""
+    """A whole model on one worker: its optimizer, schedule, place in the data."""
 
     def __init__(
         self, ctx: Context, *, accumulate: int = 1, autocast: str = "none", chain: Sequence[Transform] = ()
@@ -81,7 +77,6 @@ class Replica:
         self.model = task.model().to(ctx.device, dtype)
         self.params = trainable(self.model)
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
-        self.arena = Arena({n: p for n, p in self.params.items() if n not in self.sparse}, ctx.link)
         running = {b.name for b in ctx.facts.buffers if b.running}
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
@@ -103,13 +98,16 @@ class Replica:
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
         self.step = 0
-        self.joined = 0  # examples drawn by all ranks in this step
+        self.averaged_over = ctx.world  # ranks whose gradients will be joined
+        self.joined = 0.0  # examples that these draw in this step, as far as can be known
+        self.epoch_ended = False
         self.report = StepReport()
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
-            self.load(ctx.resume.state, ctx.resume.meta)
+            state = ctx.resume.parts[FIRST_PART]
+            self.load(state, ctx.resume.meta)
             if ctx.resume.world == ctx.world:
-                set_host_state(ctx.resume.state["host_random"][ctx.rank])
+                set_host_state(state["host_random"][ctx.rank])
         else:
             # same seed, same model: unless the task's own code differs between processes
             ctx.link.broadcast([t.detach() for t in (*self.model.parameters(), *self.model.buffers())])
@@ -117,14 +115,18 @@ class Replica:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def gradients(self) -> Update:
-        """This worker's share of the joined batch, summed over its examples and divided by the joined count.
+        """This worker's share of the joined batch: its examples' sum, divided by the joined count.
 
-        The sum of these over ranks is the gradient of the joined batch. ``p.grad`` of every dense parameter with a
-        gradient is then its view of the arena, if there is one.
+        The sum of these over ranks is the gradient of the joined batch. ``averaged_over`` is 1 where each rank goes its
+        own way: then it is the mean over this rank's own examples.
         """
         begun = time.perf_counter()
         draw = self.sampler.next()
-        self.joined = draw.total
+        self.epoch_ended = draw.last
+        if self.averaged_over == 1:
+            self.joined = float(len(draw.indices))
+        else:
+            self.joined = draw.total * (self.averaged_over / self.ctx.world)
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
             p.grad = None
@@ -140,42 +142,27 @@ class Replica:
             with self.precision():
                 loss = self.task.loss(self.model, batch)
             check_loss(loss, self.task)
-            share = n / draw.total
+            share = n / self.joined
             loss.backward(gradient=None if share == 1.0 else torch.full_like(loss, share))
             loss_sum += loss.item() * n
             weight += n
         update = self._collect(weight)
         r = self.report
-        r.losses, r.examples = [loss_sum], [weight]
+        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
         r.data_s = data_s
         r.compute_s = time.perf_counter() - begun - data_s
         return update
 
     def _collect(self, weight: float) -> Update:
-        """Move fresh gradients into the arena. A parameter without one keeps None: zeros would make AdamW move it."""
+        """Gradients where autograd put them. A parameter without one keeps None: zeros would make AdamW move it."""
         update = Update({}, weight, self.step, self.ctx.rank)
-        views = self.arena.views
-        if not views and not self.sparse:
-            update.entries = {n: Dense(p.grad) for n, p in self.params.items() if p.grad is not None}
-            return update
-        source: list[Tensor] = []
-        target: list[Tensor] = []
         for name, p in self.params.items():
             if name in self.sparse:
                 update.entries[name] = sparse_rows(name, p)
-                continue
-            grad = p.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:  # of a parameter whose gradients were dense at first
-                grad = p.grad = grad.to_dense()
-            if views:
-                source.append(grad)
-                grad = views[name]
-                target.append(grad)
-            update.entries[name] = Dense(grad)
-        if target:
-            torch._foreach_copy_(target, source)
+            elif p.grad is not None:
+                if p.grad.is_sparse:  # of a parameter whose gradients were dense at first
+                    p.grad = p.grad.to_dense()
+                update.entries[name] = Dense(p.grad)
         return update
 
     def apply(self, update: Update) -> None:
@@ -271,6 +258,8 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
     """When and what the replicas exchange. ``stop`` is what all members agreed on in the last exchange."""
 
     stop: bool = False
+    #: Ranks that keep state of their own, which they write to a checkpoint beside what rank 0 writes for all.
+    writers: Sequence[int] = ()
 
     def gradients(self, update: Update) -> Update:
         """Between backward and the optimizer."""
@@ -282,25 +271,52 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
     def flush(self) -> None:
         """Bring replicas together before evaluating, saving and at the end."""
 
+    def state(self) -> dict[str, Any]:
+        """What all members hold alike, after a flush."""
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        """What a writer holds for itself."""
+        return {}
+
+    def load(self, resume: Resume) -> None:
+        """Take over from a checkpoint what is not the replica's."""
+
 
 def train(ctx: Context) -> Iterator[SafePoint]:
     """The role of a worker with a whole replica."""
     replica = ctx.pattern.replica(ctx)
-    exchange = ctx.pattern.exchange(replica, ctx.link)
-    traffic = ctx.link.traffic
-    at_safe_point = (replica.state, replica.meta, replica.evaluate)
+    exchange = ctx.pattern.exchange(replica)
+    if ctx.resume is not None:
+        exchange.load(ctx.resume)
+
+    def parts() -> dict[str, Any]:
+        exchange.flush()
+        state = replica.state() | {"exchange": exchange.state()}
+        own = {part_of(ctx.rank): exchange.own_state()} if ctx.rank in exchange.writers else {}
+        return own | ({FIRST_PART: state | own.get(FIRST_PART, {})} if ctx.rank == 0 else {})
+
+    def evaluate() -> dict[str, float]:
+        exchange.flush()
+        return replica.evaluate()
+
+    at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
+    traffics = [link.traffic for link in (ctx.link, *ctx.groups.values())]
+    sent = sum(t.bytes_sent for t in traffics)
     while replica.step < ctx.total_steps:
-        busy_s, wait_s, sent = traffic.busy_s, traffic.wait_s, traffic.bytes_sent
+        busy_s, wait_s = sum(t.busy_s for t in traffics), sum(t.wait_s for t in traffics)
         report = replica.report = StepReport()
         replica.apply(exchange.gradients(replica.gradients()))
         exchange.parameters(replica.step)
-        report.exchange_s, report.wait_s = traffic.busy_s - busy_s, traffic.wait_s - wait_s
-        report.bytes_sent = traffic.bytes_sent - sent
         ended = replica.step == ctx.total_steps
         if ended or exchange.stop:
             exchange.flush()
+        report.exchange_s = sum(t.busy_s for t in traffics) - busy_s
+        report.wait_s = sum(t.wait_s for t in traffics) - wait_s
+        before, sent = sent, sum(t.bytes_sent for t in traffics)
+        report.bytes_sent = sent - before
         yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 

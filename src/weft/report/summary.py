@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from weft.events import Event
@@ -88,7 +88,7 @@ def shares_of(members: Iterable[MemberTotals]) -> dict[str, float]:
 class Summary:
     """Give it every event in order. Kinds that it does not know are passed over.
 
-    All ranks report the same joined loss, so each step's is taken from the rank that tells it first.
+    Where all ranks report the same joined loss, each step's is taken from the rank that tells it first.
     """
 
     def __init__(self) -> None:
@@ -115,6 +115,8 @@ class Summary:
                 self.started.add((event.role, event.member))
             case "ticks":
                 self._add_ticks(event)
+            case "loss":
+                self._add_losses(values["last"], values["loss"])
             case "eval":
                 self.evals.append((event.step, {name: number(value) for name, value in values.items()}))
             case "saved":
@@ -148,7 +150,9 @@ class Summary:
         if last > self.step:
             self.step = last
             self._marks.append((event.time, last))
-        losses = values.get("loss", ())
+        self._add_losses(last, values.get("loss", ()))
+
+    def _add_losses(self, last: int, losses: Sequence[float | None]) -> None:
         if losses and last > self._loss_step:
             for loss in losses[-(last - self._loss_step) :]:
                 self._add_loss(loss)
