@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from weft.config import Config
 from weft.errors import ConfigError, Incompatible, UnknownName
@@ -11,6 +12,10 @@ DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc")
 MAX_WORKERS = 4096
+#: Pattern -> (its option that is a pattern, what may stand there, why nothing else).
+NESTS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "localsgd": ("within", ("allreduce",), "the workers of an island must hold equal replicas after each step"),
+}
 
 
 def check(config: Config) -> None:
@@ -22,6 +27,7 @@ def check(config: Config) -> None:
     ):
         if value not in choices:
             raise UnknownName.of(what, str(value), choices)
+    _check_nesting(config)
     _at_least("workers", config.workers, 1)
     _at_least("batch", config.batch, 0)
     _at_least("threads", config.threads, 1)
@@ -67,6 +73,16 @@ def check(config: Config) -> None:
     if config.workers == 1 and config.link != "auto":
         raise Incompatible(
             f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."
+        )
+
+
+def _check_nesting(config: Config) -> None:
+    option, allowed, reason = NESTS.get(config.pattern, ("", (), ""))
+    given = config.pattern_options.get(option)
+    kind = given.get("kind") if isinstance(given, Mapping) else given
+    if kind is not None and kind not in allowed:
+        raise Incompatible(
+            f"{option}={kind} cannot stand in pattern {config.pattern!r}: {reason}. Possible: {', '.join(allowed)}."
         )
 
 

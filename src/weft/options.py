@@ -54,6 +54,7 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
         if key not in fields:
             hint = "" if fields else "It takes no options."
             raise UnknownName.of(f"option of {what}:", key, fields, hint)
+    raw = {key: _nested(fields[key][0], value, f"{key} of {what}") for key, value in raw.items()}
     definitions: dict[str, Any] = {
         name: (annotation, ... if default is inspect.Parameter.empty else default)
         for name, (annotation, default) in fields.items()
@@ -71,6 +72,23 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what}({', '.join(f'{k}={v!r}' for k, v in values.items())}): {error}") from error
+
+
+def _nested(annotation: Any, value: Any, what: str) -> Any:
+    """An option that is a dataclass: the name of one of its presets, or {"kind": name, what differs}."""
+    if not (dataclasses.is_dataclass(annotation) and isinstance(annotation, type)):
+        return value
+    if not isinstance(value, str | Mapping):
+        return value
+    given = dict(value) if isinstance(value, Mapping) else {"kind": value}
+    base: dict[str, Any] = {}
+    if "kind" in given:
+        presets: Mapping[str, Any] = getattr(annotation, "presets", {})
+        kind = given.pop("kind")
+        if kind not in presets:
+            raise UnknownName.of(what, str(kind), presets)
+        base = dataclasses.asdict(presets[kind])
+    return construct(annotation, base | given, what)
 
 
 def describe(cls: type) -> list[Option]:
@@ -120,8 +138,10 @@ def _none(value: Any, annotation: Any) -> Any:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(a) for a in typing.get_args(annotation))
+    if presets := getattr(annotation, "presets", None):
+        return "|".join(presets)
     if isinstance(annotation, type):
-        return annotation.__name__
+        return annotation.__name__.lower() if dataclasses.is_dataclass(annotation) else annotation.__name__
     parts = typing.get_args(annotation)
     return "|".join("none" if p is type(None) else _type_name(p) for p in parts) if parts else str(annotation)
 

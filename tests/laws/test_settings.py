@@ -45,7 +45,18 @@ CHANGES: dict[str, Any] = {
 #: Fields that are an argument by another name.
 NOT_SETTINGS = {"task", "pattern", "pattern_options"}
 
-PATTERN_CHANGES = {"allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"}}
+PATTERN_CHANGES = {
+    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"},
+    "localsgd": {
+        "every": 2,
+        "outer": "diloco",
+        "start": 3,
+        "island": 2,
+        "within": {"clip_norm": "0.01"},
+    },
+}
+#: What a pattern needs so that it can run for BASE's few steps.
+PATTERN_BASE: dict[str, dict[str, Any]] = {"allreduce": {}, "localsgd": {"every": 4}}
 
 
 class Plans:
@@ -96,9 +107,13 @@ def test_setting_is_seen(tmp_path: Path, base: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "option"), [(p, o) for p, options in PATTERN_CHANGES.items() for o in options])
-def test_pattern_option_is_seen(tmp_path: Path, base: Any, pattern: str, option: str) -> None:
-    changed = outcome(tmp_path / "run", pattern=pattern, pattern_options={option: PATTERN_CHANGES[pattern][option]})
-    assert changed != base
+def test_pattern_option_is_seen(tmp_path: Path, pattern: str, option: str) -> None:
+    options = PATTERN_BASE[pattern]
+    as_it_was = outcome(tmp_path / "base", pattern=pattern, pattern_options=options)
+    changed = outcome(
+        tmp_path / "run", pattern=pattern, pattern_options=options | {option: PATTERN_CHANGES[pattern][option]}
+    )
+    assert changed != as_it_was
 
 
 def test_keep_is_seen(tmp_path: Path) -> None:
