@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 HEAP_SLACK = 1 << 20
 GRACE_S = 1.0  # for the culprit of a failure to speak after its echoes
-STOP_S = 30.0  # beyond the deadline, for members to reach a safe point and save
+STOP_S = 30.0  # of silence beyond the deadline, while members are on their way to where they stop and save
 TRAIN_LOSS_STEPS = 50
 MIN_SAVE_EVERY = 25
 
@@ -561,6 +561,7 @@ class Driver:
         self.observer, self.interrupts = observer, interrupts
         self.totals = Totals()
         self.losses = LossJoiner(0)
+        self.heard_s = 0.0
         self.log = EventLog(folder.events)
         self.outputs: dict[int, Any] = {}
 
@@ -627,6 +628,7 @@ class Driver:
         alive = {m.member: m.role for m in members}
         failures: list[Failure] = []
         first_failure_s = stop_asked_s = math.inf
+        self.heard_s = time.monotonic()
         killed = False
         while alive:
             for event in self.session.poll(0.1):
@@ -645,7 +647,7 @@ class Driver:
                 stop_asked_s = now
                 self.tell("warning", text="stopping after this step and saving; Ctrl-C again stops at once")
                 self.session.request_stop()
-            too_late = now - stop_asked_s > config.deadline_s + STOP_S
+            too_late = now - max(stop_asked_s, self.heard_s) > config.deadline_s + STOP_S
             if alive and not killed and (self.interrupts.count > 1 or too_late):
                 self.session.kill()
                 killed = True
@@ -664,6 +666,7 @@ class Driver:
         self.on_event(Event(kind=kind, role="driver", step=self.totals.step, values=values))
 
     def on_message(self, message: Message) -> None:
+        self.heard_s = time.monotonic()
         if "event" in message.data:
             self.on_event(msgspec.convert(message.data["event"], Event))
 

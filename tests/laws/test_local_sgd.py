@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,36 @@ def test_a_killed_run_comes_back_bit_for_bit(tmp_path: Path, pattern: LocalSGD, 
     kinds = [e.kind for e in read_events(tmp_path / "shaken" / "events.jsonl")]
     assert "restarted" in kinds
     a, b = final_parameters(calm.run_dir), final_parameters(shaken.run_dir)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Unhurried(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        time.sleep(0.005)
+        return super().loss(model, batch)
+
+
+class StopAfterTheFirstSave:
+    def on_plan(self, plan: Any) -> None: ...
+    def on_output(self, member: int, text: str) -> None: ...
+    def on_idle(self) -> None: ...
+    def on_event(self, event: Any) -> None:
+        if event.kind == "saved" and event.step == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.multiprocess
+def test_a_stop_waits_for_the_next_meeting_and_costs_nothing(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"workers": 2, "steps": 70, "batch": 24, "save_every": 14}
+    calm = weft.run(Unhurried(), LocalSGD(every=7), run_dir=tmp_path / "calm", **settings)
+    with pytest.raises(weft.Interrupted, match="weft resume"):
+        weft.run(Unhurried(), LocalSGD(every=7), run_dir=tmp_path / "run", observer=StopAfterTheFirstSave(), **settings)
+    stopped = [e.step for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "stopped"]
+    assert len(stopped) == 1
+    assert stopped[0] < 70
+    assert stopped[0] % 7 == 0
+    assert weft.resume(tmp_path / "run", task=Unhurried()).steps == 70
+    a, b = final_parameters(calm.run_dir), final_parameters(tmp_path / "run")
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
