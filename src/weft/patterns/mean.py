@@ -1,7 +1,7 @@
 """The weighted mean of all ranks' gradients in one exchange, and with it what ranks must agree on.
 
 The exchange carries: the gradient arena; BatchNorm-like running buffers; and a small float64 tail with a row per rank
-(weight, loss, stop flag: nobody else writes there, so the sum is a gather) and one presence count per parameter.
+(weight, loss, stop flag, seconds: nobody else writes there, so the sum is a gather) and one presence count per parameter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weft.patterns.base import NUM_COLUMNS, tail_numel
 from weft.patterns.training import Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
-WEIGHT, LOSS, STOP = range(NUM_COLUMNS)
+WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
 
 
 class JoinedMean(Exchange):
@@ -53,6 +53,7 @@ class JoinedMean(Exchange):
         self.tail.zero_()
         own = self.rows[rank]
         own[WEIGHT], own[LOSS], own[STOP] = update.weight, replica.report.losses[0], float(self.stop_requested())
+        own[SECONDS] = replica.seconds
         if len(update.entries) == len(self.position):
             self.presence.fill_(1.0)
         else:
@@ -64,8 +65,10 @@ class JoinedMean(Exchange):
         if self.integers:
             self.link.all_reduce(self.integers, op="max")
 
-        weights, losses, stops = self.rows.T.tolist()
+        weights, losses, stops, seconds = self.rows.T.tolist()
         replica.report.losses, replica.report.examples = losses, weights
+        replica.report.skew_s = max(seconds) - seconds[rank]
+        replica.rebalance(seconds)
         self.stop = any(stops)
         self._check(losses, weights)
         correction = replica.joined / sum(weights)  # 1 unless the task counts examples its own way

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.comm.link import Link
+from weft.data.balance import Balancer
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
 from weft.data.sampler import Sampler
@@ -99,12 +100,14 @@ class Replica:
             partitioner,
             *groups_of(train, task, partitioner),
         )
+        self.balancer = Balancer(config.batch, ctx.world) if config.balance == "auto" else None
         self.seed = config.seed
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
         self.step = 0
         self.joined = 0  # examples drawn by all ranks in this step
         self.report = StepReport()
+        self.applied_s = 0.0  # what the last ``apply`` took
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             self.load(ctx.resume.state, ctx.resume.meta)
@@ -198,7 +201,21 @@ class Replica:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        self.report.compute_s += time.perf_counter() - begun
+        self.applied_s = time.perf_counter() - begun
+        self.report.compute_s += self.applied_s
+
+    @property
+    def seconds(self) -> float:
+        """This worker's own, from the last exchange to this one: for these the others wait."""
+        return self.applied_s + self.report.data_s + self.report.compute_s
+
+    def rebalance(self, seconds: Sequence[float]) -> None:
+        """``seconds`` of each rank for its share of this step's joined batch; all ranks call with the same."""
+        if self.balancer is None or self.joined < self.sampler.batch:
+            return
+        self.report.balance = decision = self.balancer.observe(seconds)
+        if decision is not None:
+            self.sampler.cut(decision.shares)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.autocast else AS_IS
@@ -249,7 +266,8 @@ class Replica:
         }
 
     def meta(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        meta = {"sampler": self.sampler.state_dict()}
+        return meta if self.balancer is None else meta | {"balance": self.balancer.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
@@ -264,6 +282,9 @@ class Replica:
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
         self.sampler.load_state_dict(meta["sampler"])
+        if self.balancer is not None and "balance" in meta:
+            self.balancer.load_state_dict(meta["balance"])
+            self.sampler.cut(self.balancer.shares)
         self.step = int(meta["step"])
 
 
@@ -292,12 +313,13 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
     while replica.step < ctx.total_steps:
-        busy_s, wait_s, sent = traffic.busy_s, traffic.wait_s, traffic.bytes_sent
+        busy_s, wait_s, sent, messages = traffic.busy_s, traffic.wait_s, traffic.bytes_sent, traffic.messages
         report = replica.report = StepReport()
         replica.apply(exchange.gradients(replica.gradients()))
         exchange.parameters(replica.step)
         report.exchange_s, report.wait_s = traffic.busy_s - busy_s, traffic.wait_s - wait_s
-        report.bytes_sent = traffic.bytes_sent - sent
+        report.skew_s = min(report.skew_s, report.wait_s)
+        report.bytes_sent, report.messages = traffic.bytes_sent - sent, traffic.messages - messages
         ended = replica.step == ctx.total_steps
         if ended or exchange.stop:
             exchange.flush()
