@@ -96,7 +96,7 @@ def _split(workers: Sequence[Spent], setting: Setting) -> list[_Worker]:
     for rank, (w, own_s) in enumerate(zip(workers, own, strict=True)):
         wait_s = w.wait_s / w.steps
         # Patterns that do not exchange at each step do not tell the skew of each: then it is that of the sums.
-        skew_s = min(max(w.skew_s / w.steps, max(own) - own_s), wait_s)
+        skew_s = min(max(w.skew_s / w.steps, max(own) - own_s), wait_s) if len(workers) > 1 else 0.0
         saving_s = min(setting.saving_s / w.steps, wait_s - skew_s) if rank else setting.saving_s / w.steps
         under_way_s = wait_s - skew_s - (saving_s if rank else 0.0)
         busy_s = w.exchange_s / w.steps
@@ -127,22 +127,30 @@ def _waiting(split: Sequence[_Worker], workers: Sequence[Spent], setting: Settin
             f"waiting: workers wait {_percent(share)} of the time for whoever is slowest, now this one, now that; "
             + (_fewer_exchanges(setting) or "give each worker a core of its own"),
         )
-    wait = f"and the others wait for it, {_percent(share)} of all time"
     if slow.loading - statistics.median(w.loading for w in others) > 0.5 * (slow.own - usual):
-        usual_loading = statistics.median(w.loading for w in others)
-        return Diagnosis(
-            "loading",
-            f"loading: worker {who} takes {_ms(slow.loading)} a step to load its examples, the others {_ms(usual_loading)}, "
-            f"{wait}; look at where it reads from" + _smaller_share(setting, who, ", or "),
-        )
+        return _slow_loader(split, who, setting)
     cure = _smaller_share(setting, who, "") or f"free worker {who}'s machine of other work, or leave it out"
     return Diagnosis(
         "waiting",
-        f"waiting for worker {who}: it computes {_ms(slow.own)} a step, the others {_ms(usual)}, {wait}; {cure}",
+        f"waiting for worker {who}: it computes {_ms(slow.own)} a step, the others {_ms(usual)} and wait for it, "
+        f"{_percent(share)} of all time; {cure}",
+    )
+
+
+def _slow_loader(split: Sequence[_Worker], who: int, setting: Setting) -> Diagnosis:
+    usual = statistics.median(w.loading for r, w in enumerate(split) if r != who)
+    return Diagnosis(
+        "loading",
+        f"loading: worker {who} takes {_ms(split[who].loading)} a step to load its examples, the others {_ms(usual)} and wait for "
+        f"it; look at where it reads from{_smaller_share(setting, who, ', or ')}",
     )
 
 
 def _loading(split: Sequence[_Worker], workers: Sequence[Spent], setting: Setting, share: float) -> Diagnosis:
+    who = max(range(len(split)), key=lambda r: split[r].loading)
+    others = [w.loading for r, w in enumerate(split) if r != who]
+    if others and split[who].loading >= 2 * statistics.median(others):
+        return _slow_loader(split, who, setting)
     each = statistics.mean(w.loading for w in split)
     return Diagnosis(
         "loading",
