@@ -71,6 +71,16 @@ def test_a_worker_three_times_slower_gets_a_third_and_the_change_says_why() -> N
     )
 
 
+def test_a_reason_tells_how_far_the_others_are_apart() -> None:
+    seconds = [0.1, 0.2, 0.3, 1.2]
+    decision = decide((100, 100, 100, 100), seconds, seconds, [0.0] * 4)
+    assert decision is not None
+    assert (
+        "worker 3 takes 40 of 400 examples instead of 100: it needs 12 ms an example, the others 1 to 3 ("
+        in decision.reason
+    )
+
+
 def test_nothing_changes_before_both_halves_are_seen_and_the_first_step_does_not_count() -> None:
     slow: Seconds = lambda r, n: n * (r + 1.0)  # noqa: E731
     assert run(Balancer(30, 2), slow, 2 * HALF) == []

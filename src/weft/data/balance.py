@@ -83,10 +83,11 @@ def _reason(old: Sequence[int], new: Sequence[int], seconds: Sequence[float], no
     """Of the worker whose share changes most."""
     who = max(range(len(old)), key=lambda r: abs(math.log(new[r] / old[r])))
     pace = [1e3 * t / n for t, n in zip(seconds, old, strict=True)]
-    others = statistics.median(p for r, p in enumerate(pace) if r != who)
+    others = sorted(p for r, p in enumerate(pace) if r != who)
+    theirs = f"{others[0]:.3g}" + (f" to {others[-1]:.3g}" if others[-1] > 1.1 * others[0] else "")
     return (
         f"worker {who} takes {new[who]} of {sum(new)} examples instead of {old[who]}: it needs {pace[who]:.3g} ms an example, "
-        f"the others {others:.3g} (so the slowest should take {1e3 * then_s:.3g} ms a step instead of {1e3 * now_s:.3g})"
+        f"the others {theirs} (so the slowest should take {1e3 * then_s:.3g} ms a step instead of {1e3 * now_s:.3g})"
     )
 
 

@@ -49,7 +49,7 @@ def _slow(task: Task, factor: float, is_due: Callable[[], bool]) -> None:
 
         def after(*_: Any) -> None:
             if is_due():
-                time.sleep((factor - 1) * (own_time() - begun[0]))
+                _sleep((factor - 1) * (own_time() - begun[0]))
 
         made.register_step_pre_hook(before)
         made.register_step_post_hook(after)
@@ -69,6 +69,10 @@ def own_time() -> float:
     return time.perf_counter() - 1e-9 * queued_ns
 
 
+def _sleep(seconds: float) -> None:
+    time.sleep(max(0.0, seconds))  # the kernel counts time without a core late, at times more of it than had passed
+
+
 class _Slower(torch.autograd.Function):
     """The identity, which makes the backward pass that begins with it last ``extra`` times (its time and the loss's) longer."""
 
@@ -82,7 +86,7 @@ class _Slower(torch.autograd.Function):
         begun, extra, forward_s = own_time(), ctx.extra, ctx.forward_s
 
         def sleep() -> None:
-            time.sleep(extra * (forward_s + own_time() - begun))
+            _sleep(extra * (forward_s + own_time() - begun))
 
         torch.autograd.Variable._execution_engine.queue_callback(sleep)  # type: ignore[attr-defined]
         return grad, None, None
