@@ -33,23 +33,29 @@ def workers(fixed: list[float], per_example: list[float]) -> Workers:
     return Workers(fixed, per_example)
 
 
-@given(st.data(), st.integers(1, 4), st.integers(0, 10))
-def test_no_other_shares_are_better(data: st.DataObject, world: int, more: int) -> None:
+@given(st.data(), st.integers(1, 4), st.integers(0, 8), st.integers(0, 2))
+def test_no_other_shares_are_better(data: st.DataObject, world: int, more: int, least: int) -> None:
     cost = workers(
         data.draw(st.lists(st.floats(0, 1.0), min_size=world, max_size=world)),
         data.draw(st.lists(TIMES, min_size=world, max_size=world)),
     )
-    batch = world + more
-    got = best_shares(cost, batch)
+    batch = least * world + more
+    got = best_shares(cost, batch, least)
     assert sum(got) == batch
-    assert min(got) >= 1
-    every = (s for s in itertools.product(range(1, batch + 1), repeat=world) if sum(s) == batch)
+    assert min(got) >= least
+    every = (s for s in itertools.product(range(least, batch + 1), repeat=world) if sum(s) == batch)
     assert cost.slowest_s(got) == min(map(cost.slowest_s, every))
 
 
-def test_fewer_examples_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 examples are not one for each of 3 ranks"):
-        best_shares(workers([0.0] * 3, [1.0] * 3), 2)
+def test_too_few_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 examples are not 2 for each of 3 ranks"):
+        best_shares(workers([0.0] * 3, [1.0] * 3), 5, least=2)
+
+
+def test_no_share_falls_below_the_least() -> None:
+    balancer = Balancer(60, 3, least=8)
+    run(balancer, lambda r, n: n * (100.0 if r == 1 else 1.0), 100)
+    assert balancer.shares == (26, 8, 26)
 
 
 def run(balancer: Balancer, seconds: Seconds, steps: int) -> list[Decision]:
@@ -76,7 +82,7 @@ def test_a_reason_tells_how_far_the_others_are_apart() -> None:
     decision = decide((100, 100, 100, 100), seconds, seconds, [0.0] * 4)
     assert decision is not None
     assert (
-        "worker 3 takes 40 of 400 examples instead of 100: it needs 12 ms an example, the others 1 to 3 ("
+        "worker 3 takes 17 of 400 examples instead of 100: it needs 12 ms an example, the others 1 to 3 ("
         in decision.reason
     )
 

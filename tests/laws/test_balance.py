@@ -149,3 +149,17 @@ def test_resume_may_turn_it_on(tmp_path: Path) -> None:
         weft.run(Regression(), workers=3, **job)
     weft.resume(tmp_path / "run", task=Regression(), balance="auto")
     assert changes(tmp_path / "run")
+
+
+class Normed(Regression):
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+
+
+def test_batchnorm_keeps_a_quarter_of_an_equal_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One example cannot be normalised: torch raises. The last batch of an epoch is left out, as its shares are smaller."""
+    observe = Balancer.observe
+    monkeypatch.setattr(balance, "HALF", 1)
+    monkeypatch.setattr(Balancer, "observe", lambda self, seconds: observe(self, [9.0 * self.shares[0], 0.1, 0.1]))
+    result = weft.run(Normed(), workers=3, **settings(tmp_path, 36, steps=5))
+    assert [shares[0] for _, shares in changes(result.run_dir)] == [3]

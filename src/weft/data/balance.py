@@ -43,20 +43,20 @@ def equal_shares(batch: int, world: int) -> tuple[int, ...]:
     return tuple(batch * (r + 1) // world - batch * r // world for r in range(world))
 
 
-def best_shares(workers: Workers, batch: int) -> tuple[int, ...]:
-    """Sum to ``batch``, at least 1 each, and no others have a quicker slowest worker.
+def best_shares(workers: Workers, batch: int, least: int = 1) -> tuple[int, ...]:
+    """Sum to ``batch``, at least ``least`` each, and no others have a quicker slowest worker.
 
     One example after the other goes to whoever would be done with it first: exact, as times grow with n. Needs
-    ``batch`` >= the number of ranks. O(batch log ranks).
+    ``batch`` >= ``least`` times the number of ranks. O(batch log ranks).
     """
     world = len(workers.fixed)
-    if batch < world:
-        raise ValueError(f"{batch} examples are not one for each of {world} ranks")
-    shares = [1] * world
+    if batch < least * world:
+        raise ValueError(f"{batch} examples are not {least} for each of {world} ranks")
+    shares = [least] * world
     costs = list(zip(workers.fixed, workers.per_example, strict=True))
-    queue = [(a + 2 * b, r) for r, (a, b) in enumerate(costs)]
+    queue = [(a + (least + 1) * b, r) for r, (a, b) in enumerate(costs)]
     heapq.heapify(queue)
-    for _ in range(batch - world):
+    for _ in range(batch - least * world):
         _, r = queue[0]
         shares[r] += 1
         a, b = costs[r]
@@ -65,7 +65,7 @@ def best_shares(workers: Workers, batch: int) -> tuple[int, ...]:
 
 
 def decide(
-    shares: Sequence[int], older: Sequence[float], newer: Sequence[float], fixed: Sequence[float]
+    shares: Sequence[int], older: Sequence[float], newer: Sequence[float], fixed: Sequence[float], least: int = 1
 ) -> Decision | None:
     """New shares, or None if no change would pay. ``older`` and ``newer``: seconds by rank in two stretches at ``shares``.
 
@@ -73,7 +73,7 @@ def decide(
     """
     seconds = [(a + b) / 2 for a, b in zip(older, newer, strict=True)]
     both, *each = (Workers.seen(shares, s, fixed) for s in (seconds, older, newer))
-    proposed = best_shares(both, sum(shares))
+    proposed = best_shares(both, sum(shares), least)
     if any(seen.slowest_s(proposed) > (1 - GAIN) * seen.slowest_s(shares) for seen in each):
         return None
     return Decision(proposed, _reason(shares, proposed, seconds, both.slowest_s(shares), both.slowest_s(proposed)))
@@ -112,8 +112,9 @@ def learn_fixed(
 class Balancer:
     """Shares that follow the measured times. All ranks call ``observe`` with the same numbers after each step."""
 
-    def __init__(self, batch: int, world: int) -> None:
+    def __init__(self, batch: int, world: int, least: int = 1) -> None:
         self.shares = equal_shares(batch, world)
+        self.least = min(least, *self.shares)
         self._fixed = [0.0] * world
         self._before: tuple[Sequence[int], Sequence[float]] | None = None  # shares and seconds before the last change
         self._window: list[Sequence[float]] = []  # seconds by rank, a row a step
@@ -134,7 +135,7 @@ class Balancer:
         if self._before is not None:
             self._fixed = learn_fixed(self._fixed, self._before, (self.shares, older))
             self._before = None
-        decision = decide(self.shares, older, newer, self._fixed)
+        decision = decide(self.shares, older, newer, self._fixed, self.least)
         if decision is not None:
             self._before = (self.shares, newer)
             self.shares, self._warm = decision.shares, False

@@ -100,7 +100,11 @@ class Replica:
             partitioner,
             *groups_of(train, task, partitioner),
         )
-        self.balancer = Balancer(config.batch, ctx.world) if config.balance == "auto" else None
+        self.balancer: Balancer | None = None
+        if config.balance == "auto":
+            # BatchNorm needs two examples to normalise by, and some more to do it well
+            least = max(2, config.batch // ctx.world // 4) if self.running else 1
+            self.balancer = Balancer(config.batch, ctx.world, least)
         self.seed = config.seed
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
