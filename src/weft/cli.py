@@ -57,6 +57,12 @@ Partition = Annotated[
         help="who gets which examples: shuffle (dealt anew each epoch), random, stratified, contiguous, dirichlet:0.3, ..."
     ),
 ]
+Balance = Annotated[
+    str,
+    typer.Option(
+        help="none: equal shares of a batch; auto: shares by each worker's measured speed, for the same update"
+    ),
+]
 Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp, gloo, nccl")]
 Port = Annotated[
     int, typer.Option(help="with --link tcp: worker r listens on port + r of the loopback address (0: any free)")
@@ -93,6 +99,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         dtype: Dtype = "float32",
         device: Device = "auto",
         partition: Partition = "shuffle",
+        balance: Balance = "none",
         link: Link = "auto",
         port: Port = 0,
         threads: Threads = 1,
@@ -117,7 +124,20 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 
 #: Of the arguments of a training command, those that are fields of Config by the same name.
 SETTINGS = (
-    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "link", "port", "threads"),
+    *(
+        "workers",
+        "steps",
+        "epochs",
+        "batch",
+        "seed",
+        "dtype",
+        "device",
+        "partition",
+        "balance",
+        "link",
+        "port",
+        "threads",
+    ),
     *("deadline_s", "save_every", "eval_every", "keep", "restarts"),
 )
 
@@ -150,6 +170,7 @@ app.command("explain")(_training_command(_explain))
 def resume(
     run_dir: RunArgument,
     workers: Annotated[int | None, typer.Option("--workers", "-w", help="another number of workers")] = None,
+    balance: Annotated[str | None, typer.Option(help="another way to share a batch: none or auto")] = None,
     link: Annotated[str | None, typer.Option(help="another carrier")] = None,
     port: Annotated[int | None, typer.Option(help="another first port for --link tcp")] = None,
     threads: Annotated[int | None, typer.Option(help="compute threads of each worker")] = None,
@@ -167,6 +188,7 @@ def resume(
         result = driver.resume(
             run_dir,
             workers=workers,
+            balance=balance,
             link=link,
             port=port,
             threads=threads,

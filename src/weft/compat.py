@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 
 from weft.config import Config
+from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, Incompatible, UnknownName
+from weft.patterns import registry
 
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc")
+BALANCES = ("none", "auto")
 MAX_WORKERS = 4096
 #: Pattern -> (its option that is a pattern, what may stand there, why nothing else).
 NESTS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -24,6 +27,7 @@ def check(config: Config) -> None:
         ("dtype", config.dtype, DTYPES),
         ("device", config.device, DEVICES),
         ("link", config.link, LINKS),
+        ("balance", config.balance, BALANCES),
     ):
         if value not in choices:
             raise UnknownName.of(what, str(value), choices)
@@ -73,6 +77,24 @@ def check(config: Config) -> None:
     if config.workers == 1 and config.link != "auto":
         raise Incompatible(
             f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."
+        )
+    if config.balance == "auto":
+        _check_balance(config)
+
+
+def _check_balance(config: Config) -> None:
+    if config.workers == 1:
+        raise Incompatible("balance 'auto' shares a batch between workers, and there is only one: leave --balance out.")
+    if parse_partitioner(config.partition).fixed:
+        raise Incompatible(
+            f"balance 'auto' gives quick workers more of each batch, and partition {config.partition!r} lets a worker draw from "
+            "its own shard only: use --partition shuffle."
+        )
+    if not registry.PATTERNS[config.pattern].balances:
+        can = ", ".join(name for name, pattern in registry.PATTERNS.items() if pattern.balances)
+        raise Incompatible(
+            f"balance 'auto' needs every worker's time at each step, and pattern {config.pattern!r} does not exchange at each "
+            f"step: use --pattern {can}, or leave --balance out."
         )
 
 

@@ -36,6 +36,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dtype: str = "float32"
     device: str = "auto"
     partition: str = "shuffle"
+    balance: str = "none"
     link: str = "auto"
     port: int = 0
     threads: int = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import secrets
 import signal
 import threading
@@ -26,6 +27,7 @@ from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Mess
 from weft.comm.link import WORLD
 from weft.config import PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
+from weft.diagnose import Setting, Spent, diagnose
 from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
 from weft.events import Event, EventLog, LossJoiner, read_events
 from weft.patterns import registry
@@ -42,13 +44,14 @@ HEAP_SLACK = 1 << 20
 GRACE_S = 1.0  # for the culprit of a failure to speak after its echoes
 STOP_S = 30.0  # of silence beyond the deadline, while members are on their way to where they stop and save
 TRAIN_LOSS_STEPS = 50
+BALANCE_AUTO = "equal shares at first, then by each worker's measured speed; who takes more examples needs more memory for activations"
 MIN_SAVE_EVERY = 25
 
 
 @dataclass(frozen=True)
 class RunResult:
     """``loss`` and ``metrics``: on held-out data; ``train_loss``: mean over the last 50 steps; ``bytes_sent``: by all
-    members; ``seconds``: from starting the members to the end."""
+    members; ``seconds``: from starting the members to the end; ``bottleneck``: what limited it, and what would help."""
 
     loss: float
     train_loss: float
@@ -59,12 +62,13 @@ class RunResult:
     bytes_sent: int
     world: int
     run_dir: str
+    bottleneck: str = ""
     notes: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """One flat object; the task's metrics stand in it by their names."""
         own = {"loss": self.loss, "train_loss": self.train_loss}
-        rest = ("steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "notes")
+        rest = ("steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "bottleneck", "notes")
         return own | self.metrics | {k: getattr(self, k) for k in rest}
 
 
@@ -120,6 +124,7 @@ def run(
     dtype: str = "float32",
     device: str = "auto",
     partition: str = "shuffle",
+    balance: str = "none",
     link: str = "auto",
     port: int = 0,
     threads: int = 1,
@@ -136,7 +141,8 @@ def run(
 
     ``steps`` or ``epochs`` (one of them; default: the task's) count joined batches of ``batch`` examples over all
     workers. ``save_every``: steps between checkpoints (None: a tenth of the run, 0: only at the end). ``deadline_s``
-    bounds every wait of one member for another. ``faults``: from weft.testing, for trials of recovery.
+    bounds every wait of one member for another. ``balance="auto"``: each worker's share of a batch follows its measured
+    speed, with the same update. ``faults``: from weft.testing, for trials of recovery.
 
     Raises ConfigError, TaskError or DataError before any worker starts; MemberFailed when a member fails and no restart
     is left; Interrupted when the user stopped it (the run can be resumed).
@@ -158,6 +164,7 @@ def run(
         dtype=dtype,
         device=device,
         partition=partition,
+        balance=balance,
         link=link,
         port=port,
         threads=threads,
@@ -259,6 +266,7 @@ def resume(
     *,
     task: Task | None = None,
     workers: int | None = None,
+    balance: str | None = None,
     link: str | None = None,
     port: int | None = None,
     threads: int | None = None,
@@ -284,10 +292,11 @@ def resume(
         )
     config = folder.config()
     if workers == 1:
-        link = link or "auto"  # the old one has nobody to join
+        link, balance = link or "auto", balance or "none"  # the old ones have nobody to join, nobody to share with
     asked = {
         "task": None if task is None else refer(task, {}),
         "workers": workers,
+        "balance": balance,
         "link": link,
         "port": 0 if port is None and link not in (None, "tcp") else port,
         "threads": threads,
@@ -426,7 +435,8 @@ def make_plan(
         choices={
             "link": f"{carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
-        },
+        }
+        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
         notes=pattern.notes(facts, config)
         + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
@@ -512,6 +522,8 @@ class Totals:
         self.bytes_sent = 0
         self.metrics: dict[str, float] = {}
         self.step = 0
+        self.spent: dict[int, Spent] = {}  # by member, without step 1, which warms up
+        self.saving_s = 0.0
         self._marks: list[tuple[float, float]] = []  # (time, joined examples since the mark before) by rank 0
 
     def add(self, event: Event) -> None:
@@ -522,12 +534,24 @@ class Totals:
         values = event.values
         if event.kind == "loss" or (event.kind == "ticks" and event.member == 0 and "loss" in values):
             self.losses += [(s, math.nan if v is None else v) for s, v in enumerate(values["loss"], values["first"])]
+        if event.kind == "saved":
+            self.saving_s += values["seconds"]
         if event.kind != "ticks":
             return
+        self._add_spent(event)
         self.bytes_sent += int(values["bytes_sent"])
         if event.member == 0:
             self.step = values["last"]
             self._marks.append((event.time, values["examples"]))
+
+    def _add_spent(self, event: Event) -> None:
+        values = event.values
+        if values["last"] == 1:
+            return
+        spent = self.spent.setdefault(event.member, Spent())
+        spent.steps += values["last"] - values["first"] + 1
+        for name in ("compute_s", "data_s", "exchange_s", "wait_s", "skew_s", "bytes_sent", "messages"):
+            setattr(spent, name, getattr(spent, name) + values.get(name, 0))
 
     def go_back(self, step: int) -> None:
         kept = [(s, v) for s, v in self.losses if s <= step]
@@ -576,7 +600,8 @@ class Driver:
                 for event in read_events(self.folder.events):  # the training loss of what was done before
                     if event.kind in ("ticks", "loss"):
                         self.totals.add(event)
-                self.totals.bytes_sent = 0
+                self.totals.bytes_sent, self.totals.saving_s = 0, 0.0
+                self.totals.spent.clear()
                 self.tell("resumed", path=found["path"], step=found["step"])
                 self.totals.go_back(found["step"])
             while True:
@@ -714,6 +739,21 @@ class Driver:
             lines.append(f"Go on from the newest checkpoint with: weft resume {self.folder.path}")
         return MemberFailed("\n".join(lines), member=failure.member, cause=failure.cause, traceback=failure.traceback)
 
+    def bottleneck(self) -> str:
+        config, totals = self.prepared.config, self.totals
+        setting = Setting(
+            carrier=self.prepared.links[0].carrier,
+            cores=len(os.sched_getaffinity(0)),
+            threads=config.threads,
+            batch=config.batch,
+            pattern=config.pattern,
+            patterns=registry.PATTERNS,
+            balance=config.balance,
+            can_balance=self.prepared.pattern.balances and not parse_partitioner(config.partition).fixed,
+            saving_s=totals.saving_s,
+        )
+        return diagnose([spent for _, spent in sorted(totals.spent.items())], setting).text
+
     def result(self, seconds: float) -> RunResult:
         metrics = dict(self.totals.metrics)
         loss = metrics.pop("loss", math.nan)
@@ -728,5 +768,6 @@ class Driver:
             bytes_sent=totals.bytes_sent,
             world=self.prepared.config.workers,
             run_dir=str(self.folder.path),
+            bottleneck=self.bottleneck(),
             notes=self.prepared.facts.notes,
         )

@@ -4,9 +4,11 @@ Kinds and their ``values``:
   plan      text; the whole plan is in plan.json
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
-            step), examples (joined), compute_s, exchange_s, wait_s, data_s (this member's seconds), bytes_sent.
+            step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), data_s
+            (this member's seconds), bytes_sent, messages.
             Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
   loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
+  balance   shares (examples of a joined batch by rank, from the next step on), reason
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step

@@ -26,9 +26,11 @@ from weft.patterns import registry
 from weft.patterns.base import Context, Resume, SafePoint
 from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
+from weft.resilience.faulty_task import strike_task
 from weft.task import Defaults
 
 TICK_S = 0.2
+SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "data_s", "bytes_sent", "messages")
 
 
 def learn_facts(seat: Seat) -> None:
@@ -90,6 +92,7 @@ def work(seat: Seat) -> None:
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
             links = {n: FaultyLink(link, faults, step=lambda: reporter.step + 1) for n, link in links.items()}
+            strike_task(task, [f for f in faults if f.rank == rank], step=lambda: reporter.step + 1)
         world = links.pop(WORLD)
         context = Context(
             task=task,
@@ -126,7 +129,7 @@ class Reporter:
         self._loss: list[float | None] = []
         self._weights: list[float] = []
         self._joined = True
-        self._sums = dict.fromkeys(("examples", "compute_s", "exchange_s", "wait_s", "data_s", "bytes_sent"), 0.0)
+        self._sums = dict.fromkeys(SUMS, 0.0)
 
     def send(self, kind: str, **values: Any) -> None:
         event = Event(kind=kind, role=self.seat.spec.role, member=self.rank, step=self.step, values=values)
@@ -149,8 +152,12 @@ class Reporter:
         s["compute_s"] += r.compute_s
         s["exchange_s"] += r.exchange_s
         s["wait_s"] += r.wait_s
+        s["skew_s"] += r.skew_s
         s["data_s"] += r.data_s
         s["bytes_sent"] += r.bytes_sent
+        s["messages"] += r.messages
+        if r.balance is not None and self.rank == 0:
+            self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
         if self.clock() - self._sent >= TICK_S or self.step == 1:
             self.flush()
 

@@ -31,6 +31,7 @@ CHANGES: dict[str, Any] = {
     "dtype": "float64",
     "device": "cuda",
     "partition": "contiguous",
+    "balance": "auto",
     "link": "inproc",
     "port": 4711,
     "threads": 2,

@@ -157,6 +157,9 @@ class RingLink(Link):
         # Of all chunks, the reduce-scatter leaves out rank+1, the all-gather rank+2.
         return 2 * nbytes - sizes[(self.rank + 1) % self.world] - sizes[(self.rank + 2) % self.world]
 
+    def pace(self, bytes_per_s: int) -> None:
+        self._endpoint.pace(bytes_per_s)
+
     def close(self) -> None:
         self._endpoint.close(self._error)
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from weft.errors import Incompatible
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,6 +65,10 @@ class Link(ABC):
     @abstractmethod
     def all_reduce_bytes(self, nbytes: int) -> int:
         """Bytes that this rank sends in an all-reduce of ``nbytes`` (for the plan; a law says that counting agrees)."""
+
+    def pace(self, bytes_per_s: int) -> None:
+        """Send no more than this to each peer from now on, to see how a slower network would do."""
+        raise Incompatible(f"link {self.carrier!r} has no sockets whose pace could be set: use --link tcp.")
 
     def close(self) -> None:
         """Release sockets and memory; safe to call twice."""

@@ -35,6 +35,7 @@ class AllReduce(Pattern):
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
+    balances: ClassVar[bool] = True
 
     accumulate: int = field(default=1, metadata={"doc": "micro-batches per step: less memory, same result"})
     clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of the averaged gradient"})

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
     from weft.comm.link import Link
     from weft.config import Config
+    from weft.data.balance import Decision
     from weft.patterns.training import Exchange, Replica
     from weft.task import Task
 
 Tier = Literal["stable", "beta", "contrib"]
 
-NUM_COLUMNS = 3  # weight, loss, stop flag: what every rank tells the others beside its gradients
+NUM_COLUMNS = 4  # weight, loss, stop flag, seconds: what every rank tells the others beside its gradients
 
 
 def tail_numel(world: int, num_params: int) -> int:
@@ -139,7 +140,10 @@ class StepReport:
     compute_s: float = 0.0
     exchange_s: float = 0.0
     wait_s: float = 0.0
+    skew_s: float = 0.0  # of wait_s: until the slowest rank had computed
     bytes_sent: int = 0  # since the last report
+    messages: int = 0
+    balance: Decision | None = None  # the shares change
 
 
 @dataclass(slots=True)
@@ -169,6 +173,8 @@ class Pattern(ABC):
     summary: ClassVar[str]
     answers: ClassVar[dict[str, str]]
     nests: ClassVar[tuple[str, ...]] = ()  # options that are patterns themselves
+    #: Its exchange tells all ranks each one's seconds, so that shares may follow them (--balance auto).
+    balances: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

@@ -1,7 +1,7 @@
 """The weighted mean of the ranks' gradients in one exchange, and with it what ranks must agree on.
 
 The exchange carries: the gradient arena; BatchNorm-like running buffers; and a small float64 tail with a row per rank
-(weight, loss, stop flag: nobody else writes there, so the sum is a gather) and one presence count per parameter.
+(weight, loss, stop flag, seconds: nobody else writes there, so the sum is a gather) and one presence count per parameter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weft.patterns.base import NUM_COLUMNS, tail_numel
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
-WEIGHT, LOSS, STOP = range(NUM_COLUMNS)
+WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
 
 
 class Running:
@@ -83,6 +83,7 @@ class JoinedMean(Exchange):
         own = self.rows[rank]
         own[WEIGHT], own[LOSS] = update.weight, replica.report.losses[0]
         own[STOP] = float(replica.ctx.stop_requested())
+        own[SECONDS] = replica.seconds
         if len(update.entries) == len(self.position):
             self.presence.fill_(1.0)
         else:
@@ -91,8 +92,11 @@ class JoinedMean(Exchange):
 
         self.link.all_reduce([*self.arena.buffers, *staged, self.tail])
 
-        weights, losses, stops = self.rows.T.tolist()
+        weights, losses, stops, seconds = self.rows.T.tolist()
         replica.report.losses, replica.report.weights = losses, weights
+        replica.report.skew_s = max(seconds) - seconds[rank]
+        if self.link.world == replica.ctx.world:
+            replica.rebalance(seconds)
         self.stop = any(stops)
         if not sum(weights) and self.link.world < replica.ctx.world:
             return Update({}, 0.0, update.version)  # of a small batch this island drew nothing

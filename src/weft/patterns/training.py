@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
+from weft.data.balance import Balancer
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
 from weft.data.sampler import Sampler
@@ -94,6 +95,11 @@ class Replica:
             partitioner,
             *groups_of(train, task, partitioner),
         )
+        self.balancer: Balancer | None = None
+        if config.balance == "auto":
+            # BatchNorm needs two examples to normalise by, and some more to do it well
+            least = max(2, config.batch // ctx.world // 4) if self.running else 1
+            self.balancer = Balancer(config.batch, ctx.world, least)
         self.seed = config.seed
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
@@ -102,6 +108,7 @@ class Replica:
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
         self.epoch_ended = False
         self.report = StepReport()
+        self.applied_s = 0.0  # what the last ``apply`` took
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             state = ctx.resume.parts[FIRST_PART]
@@ -185,7 +192,21 @@ class Replica:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        self.report.compute_s += time.perf_counter() - begun
+        self.applied_s = time.perf_counter() - begun
+        self.report.compute_s += self.applied_s
+
+    @property
+    def seconds(self) -> float:
+        """This worker's own, from the last exchange to this one: for these the others wait."""
+        return self.applied_s + self.report.data_s + self.report.compute_s
+
+    def rebalance(self, seconds: Sequence[float]) -> None:
+        """``seconds`` of each rank for its share of this step's joined batch; all ranks call with the same."""
+        if self.balancer is None or self.joined < self.sampler.batch:
+            return
+        self.report.balance = decision = self.balancer.observe(seconds)
+        if decision is not None:
+            self.sampler.cut(decision.shares)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.autocast else AS_IS
@@ -236,7 +257,8 @@ class Replica:
         }
 
     def meta(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        meta = {"sampler": self.sampler.state_dict()}
+        return meta if self.balancer is None else meta | {"balance": self.balancer.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
@@ -251,6 +273,9 @@ class Replica:
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
         self.sampler.load_state_dict(meta["sampler"])
+        if self.balancer is not None and "balance" in meta:
+            self.balancer.load_state_dict(meta["balance"])
+            self.sampler.cut(self.balancer.shares)
         self.step = int(meta["step"])
 
 
@@ -307,6 +332,7 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     sent = sum(t.bytes_sent for t in traffics)
     while replica.step < ctx.total_steps:
         busy_s, wait_s = sum(t.busy_s for t in traffics), sum(t.wait_s for t in traffics)
+        messages = sum(t.messages for t in traffics)
         report = replica.report = StepReport()
         replica.apply(exchange.gradients(replica.gradients()))
         exchange.parameters(replica.step)
@@ -317,6 +343,8 @@ def train(ctx: Context) -> Iterator[SafePoint]:
         report.wait_s = sum(t.wait_s for t in traffics) - wait_s
         before, sent = sent, sum(t.bytes_sent for t in traffics)
         report.bytes_sent = sent - before
+        report.skew_s = min(report.skew_s, report.wait_s)
+        report.messages = sum(t.messages for t in traffics) - messages
         yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 

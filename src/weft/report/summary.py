@@ -99,6 +99,7 @@ class Summary:
         self.started: set[tuple[str, int]] = set()
         self.evals: list[tuple[int, dict[str, float]]] = []  # (step, metrics)
         self.saves: list[Event] = []
+        self.balances: list[tuple[int, list[int]]] = []  # (step, shares from then on)
         self.restarts: list[int] = []  # the steps it went back to
         self.failures: list[Event] = []  # of the current attempt, the culprit first
         self.warnings: dict[str, int] = {}  # text -> how often
@@ -121,6 +122,8 @@ class Summary:
                 self.evals.append((event.step, {name: number(value) for name, value in values.items()}))
             case "saved":
                 self.saves.append(event)
+            case "balance":
+                self.balances.append((event.step, list(values["shares"])))
             case "resumed":
                 self._go_to(values["step"])
             case "restarted":
@@ -172,6 +175,7 @@ class Summary:
         self.step = self._loss_step = step
         self.curve.truncate(max(0, step - self.first_step))
         self.evals = [e for e in self.evals if e[0] <= step]
+        self.balances = [b for b in self.balances if b[0] <= step]
         self._smooth_sum = self._smooth_weight = 0.0
         self._marks.clear()
 

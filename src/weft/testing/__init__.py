@@ -1,5 +1,29 @@
 """For those who test: faults as sentences, ``weft.run(..., faults=[kill(rank=2, step=5)])``; laws of a Link (conformance)."""
 
-from weft.comm.wrappers import Fault, FaultyLink, corrupt, delay, drop, freeze, kill, raise_error
+from weft.comm.wrappers import (
+    Fault,
+    FaultyLink,
+    corrupt,
+    delay,
+    drop,
+    freeze,
+    kill,
+    raise_error,
+    slow,
+    slow_loading,
+    throttle,
+)
 
-__all__ = ["Fault", "FaultyLink", "corrupt", "delay", "drop", "freeze", "kill", "raise_error"]
+__all__ = [
+    "Fault",
+    "FaultyLink",
+    "corrupt",
+    "delay",
+    "drop",
+    "freeze",
+    "kill",
+    "raise_error",
+    "slow",
+    "slow_loading",
+    "throttle",
+]
