@@ -82,13 +82,13 @@ class _Slower(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         begun, extra, forward_s = own_time(), ctx.extra, ctx.forward_s
 
         def sleep() -> None:
             _sleep(extra * (forward_s + own_time() - begun))
 
-        torch.autograd.Variable._execution_engine.queue_callback(sleep)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(sleep)
         return grad, None, None
 
 
