@@ -170,17 +170,17 @@ def test_the_fixed_part_is_learned_from_a_change_and_bounded() -> None:
     assert a[2] == MAX_FIXED * 20.5  # 18.75 by the line
 
 
-@given(st.lists(st.lists(TIMES, min_size=3, max_size=3), min_size=30, max_size=60), st.integers(0, 29))
-def test_a_balancer_goes_on_from_its_record(rows: list[list[float]], stop: int) -> None:
-    whole = Balancer(50, 3)
-    first = Balancer(50, 3)
-    decisions = [whole.observe(row) for row in rows]
-    got = [first.observe(row) for row in rows[:stop]]
-    second = Balancer(50, 3)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    got += [second.observe(row) for row in rows[stop:]]
-    assert got == decisions
-    assert second.shares == whole.shares
+def test_a_balancer_goes_on_from_its_record_whenever_it_was_taken() -> None:
+    """With fixed parts, so that what a change has taught matters for the next."""
+    seconds: Seconds = lambda r, n: 20 + (r + 1) ** 2 * n  # noqa: E731
+    steps = 6 * HALF + 3
+    truth = run(Balancer(50, 3), seconds, steps)
+    assert len(truth) >= 2
+    for stop in range(steps):
+        first, second = Balancer(50, 3), Balancer(50, 3)
+        got = run(first, seconds, stop)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert got + run(second, seconds, steps - stop) == truth
 
 
 def test_the_record_of_another_world_is_not_taken() -> None:
