@@ -31,7 +31,7 @@ def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[
             if not isinstance(pair, tuple | list):  # a tensor of two values would unpack as well
                 raise TypeError(type(pair).__name__)
             total, count = pair
-            checked[name] = (torch.as_tensor(total, dtype=torch.float64, device="cpu"), float(count))
+            checked[name] = (torch.as_tensor(total, dtype=torch.float64, device="cpu").detach(), float(count))
         except (TypeError, ValueError, RuntimeError) as error:
             raise TaskError(
                 f"{who}[{name!r}] is {pair!r}: return a pair (sum over the batch, count), so that shards add up; the sum is "

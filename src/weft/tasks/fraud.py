@@ -202,7 +202,7 @@ def offset_for(log_odds: Floats, rate: float) -> float:
 
 # -- average precision, of sums that add up
 
-BINS, SPAN = 4096, 16.0  # a bin is 1/128 of a logit wide
+BINS, SPAN = 16_384, 16.0  # a bin is 1/512 of a logit wide
 
 
 def score_histogram(logits: Tensor, labels: Tensor) -> Tensor:

@@ -83,9 +83,10 @@ def read_column(path: Path, column: str) -> Tensor:
     name = repr(first[at].strip()) if not _is_number(first[at]) else str(at)
     values = [_value(path, first_line, name, first[at])] if _is_number(first[at]) else []
     for line, row in rows:
-        if len(row) <= at:
+        if len(row) != len(first):
             raise DataError(
-                f"{path}, line {line}: {len(row)} cells, so none in column {name}: complete the line, or leave it out."
+                f"{path}, line {line} has {len(row)} cells, and line {first_line} has {len(first)}: give every line one for each "
+                "column, separated by commas (numbers with a point, as in 1.5)."
             )
         values.append(_value(path, line, name, row[at]))
     return torch.tensor(values, dtype=torch.float64)
@@ -114,7 +115,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _position(path: Path, first: list[str], column: str) -> int:
     names = [cell.strip() for cell in first]
-    if column in names:
+    if column in names and not _is_number(column):  # a number in the first line is data, not a name
         if names.count(column) > 1:
             raise DataError(
                 f"{path}, line 1: {names.count(column)} columns are named {column!r}: give its number, from 0."
@@ -138,7 +139,7 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell  # Python reads 1_000, no spreadsheet writes it
 
 
 def _value(path: Path, line: int, column: str, cell: str) -> float:
