@@ -27,6 +27,7 @@ from weft.tasks.fraud import (
     average_precision,
     count_before,
     earlier_mean,
+    figures,
     generate,
     score_histogram,
 )
@@ -113,8 +114,25 @@ def test_only_frauds_known_by_then_are_seen() -> None:
             & (stream.hour < stream.hour[i] - REPORTED_AFTER)
             & (stream.hour >= stream.hour[i] - REPORTED_AFTER - REPORTS)
         )
-        assert stream.features[i, -1] == pytest.approx(np.log1p(stream.fraud[known].sum()))
-    assert stream.features[:, -1].max() > 0
+        assert stream.figures[i, -1] == pytest.approx(np.log1p(stream.fraud[known].sum()))
+    assert stream.figures[:, -1].max() > 0
+
+
+def test_nothing_later_changes_what_was_seen() -> None:
+    """All eight figures, also where they are computed over the whole stream at once."""
+    rng = np.random.default_rng(0)
+    hour, card = np.sort(rng.uniform(0, 200, 400)), rng.integers(20, size=400)
+    amount, far, fraud = rng.normal(size=400), rng.random(400) < 0.3, rng.integers(2, size=400)
+
+    def seen(num: int) -> np.ndarray:
+        h, c = hour[:num], card[:num]
+        recent = count_before(c, h, 24, 0, np.ones(num))
+        reports = count_before(c, h, REPORTS, REPORTED_AFTER, fraud[:num])
+        return figures(h, c, amount[:num], far[:num], recent, reports)
+
+    everything = seen(400)
+    for num in (1, 7, 100, 399):
+        assert np.allclose(seen(num), everything[:num], atol=1e-9)
 
 
 # -- the split and the shards
@@ -127,10 +145,16 @@ def test_the_held_out_part_is_later_and_standardised_by_the_earlier() -> None:
     stream = task.stream()
     assert stream.hour[: len(train)].max() <= stream.hour[len(train) :].min()
     assert np.array_equal(torch.cat([train.tensors[0], test.tensors[0]]).numpy(), stream.card)
-    x = stream.features[: len(train)]
+    x = stream.figures[: len(train)]
     assert torch.allclose(train.tensors[2], torch.tensor((x - x.mean(0)) / x.std(0)).float())
-    truth = (stream.features[len(train) :] - x.mean(0)) / x.std(0)
+    truth = (stream.figures[len(train) :] - x.mean(0)) / x.std(0)
     assert torch.allclose(test.tensors[2], torch.tensor(truth).float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shortest_streams_are_finite_too(seed: int) -> None:
+    for dataset in Fraud(transactions=1000, data_seed=seed).data():
+        assert dataset.tensors[2].isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(3))
