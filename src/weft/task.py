@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,7 +69,7 @@ class Task(ABC):
         """
         return first_length(batch)
 
-    def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, tuple[float | torch.Tensor, float]]:
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> Mapping[str, tuple[float | torch.Tensor, float]]:
         """Sums and counts by name, so that shards add up: {"accuracy": (num_correct, num_examples)}.
 
         A sum may be a tensor of any shape, the same for every batch, for ``summarise`` to make a metric of. The model is

@@ -55,7 +55,9 @@ def split(x: Tensor, y: Tensor) -> tuple[TensorDataset, TensorDataset]:
 
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
     """The linear model with the smallest squared error: (D + 1,), the bias last."""
-    return torch.linalg.lstsq(torch.column_stack([x, torch.ones(len(x), dtype=x.dtype)]), y[:, None]).solution[:, 0]
+    with_bias = torch.column_stack([x, torch.ones(len(x), dtype=x.dtype)])
+    solution: Tensor = torch.linalg.lstsq(with_bias, y[:, None]).solution[:, 0]
+    return solution
 
 
 class Diabetes(Task):
@@ -91,7 +93,7 @@ class Diabetes(Task):
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=self.lr, momentum=0.9, fused=True)
 
-    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[float | Tensor, float]]:
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, float]]:
         x, y = batch
         return squares(model(x).squeeze(1), y)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def squares(predicted: Tensor, target: Tensor) -> dict[str, tuple[float | Tensor, float]]:
+def squares(predicted: Tensor, target: Tensor) -> dict[str, tuple[Tensor, float]]:
     """Sums and counts for ``Task.evaluate``, over all values of two tensors of one shape."""
     predicted, target = predicted.double(), target.double()
     n = target.numel()

@@ -208,7 +208,7 @@ class Series(Task):
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
 
-    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[float | Tensor, float]]:
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, float]]:
         return squares(*self._predict(model, batch))
 
     def summarise(self, totals: dict[str, tuple[Tensor, float]]) -> dict[str, float | Tensor]:
