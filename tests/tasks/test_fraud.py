@@ -255,6 +255,24 @@ def test_sparse_gradients_give_the_same_model(tmp_path: Path) -> None:
         assert torch.allclose(sparse_[name], truth, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.multiprocess
+def test_sparse_rows_and_histograms_travel_between_processes_as_within_one(tmp_path: Path) -> None:
+    results = [
+        weft.run(
+            Fraud(transactions=SMALL, sparse=True),
+            workers=2,
+            steps=20,
+            dtype="float64",
+            partition="contiguous",
+            cluster=cluster,
+            run_dir=tmp_path / cluster,
+        )
+        for cluster in ("inprocess", "local")
+    ]
+    assert results[1].metrics == pytest.approx(results[0].metrics, rel=1e-12)
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-12)
+
+
 def test_only_touched_rows_get_a_gradient() -> None:
     task = Fraud(transactions=SMALL, sparse=True)
     model = task.model()
