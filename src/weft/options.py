@@ -91,9 +91,15 @@ def _nested(annotation: Any, value: Any, what: str) -> Any:
     return construct(annotation, base | given, what)
 
 
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name}={value} is not possible: give a positive number.")
+
+
 def describe(cls: type) -> list[Option]:
-    """The options of a class, with defaults; docs come from ``field(metadata={"doc": ...})``."""
-    docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    """The options of a class, with defaults. Docs come from a dataclass's ``field(metadata={"doc": ...})``, or, where
+    ``__init__`` is written out, from ``Annotated[int, "..."]``."""
+    docs = _docs(cls)
     return [
         Option(
             name,
@@ -103,6 +109,16 @@ def describe(cls: type) -> list[Option]:
         )
         for name, (annotation, default) in _fields(cls).items()
     ]
+
+
+def _docs(cls: type) -> dict[str, str]:
+    if dataclasses.is_dataclass(cls):
+        return {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+    return {
+        name: " ".join(extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, str))
+        for name, hint in hints.items()
+    }
 
 
 def _fields(cls: type) -> dict[str, tuple[Any, Any]]:

@@ -63,7 +63,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     test_examples: int
     optimizer_bytes: int
     activation_bytes: int
-    metrics: list[str]
+    sums: dict[str, tuple[int, ...]]  # shapes of what the task's evaluation adds up, by name
     notes: dict[str, float]
     device: str
 

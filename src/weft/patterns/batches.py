@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from weft.data.partition import Partitioner
@@ -66,25 +65,6 @@ def check_loss(loss: Any, task: Task) -> None:
         f"{who} returned a tensor that needs no gradient: compute it from model(batch) without detach(), "
         "no_grad() or .item(), and leave some parameter unfrozen."
     )
-
-
-def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[Any, float]]:
-    """The task's sums and counts, checked; the loss is added where it is missing."""
-    parts = task.evaluate(model, batch)
-    who = f"{type(task).__name__}.evaluate"
-    if not isinstance(parts, Mapping):
-        raise TaskError(
-            f"{who} returned {type(parts).__name__}: return a dict such as {{'accuracy': (num_correct, num_examples)}}."
-        )
-    for name, pair in parts.items():
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise TaskError(
-                f"{who}[{name!r}] is {pair!r}: return a pair (sum over the batch, count), so that shards add up."
-            )
-    if "loss" not in parts:
-        n = task.num_examples(batch)
-        parts = {"loss": (task.loss(model, batch) * n, n), **parts}
-    return dict(parts)
 
 
 Groups = np.ndarray[Any, Any] | None

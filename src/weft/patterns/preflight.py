@@ -13,7 +13,8 @@ from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, DataError, TaskError
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
-from weft.patterns.batches import Batches, check_loss, check_map_style, evaluate_batch, groups_of
+from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
+from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.randomness import seed_everything
 from weft.task import Task
 
@@ -77,7 +78,11 @@ def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
         ) from error
     with torch.no_grad():
         model.eval()
-        metrics = evaluate_batch(task, model, Batches(test, task, device, dtype)(np.arange(min(sizes[1], 2))))
+        sums = evaluate_batch(task, model, Batches(test, task, device, dtype)(np.arange(min(sizes[1], 2))))
+    shapes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
+    totals = Totals(task, shapes)
+    totals.add(sums)
+    totals.summary()
     facts = Facts(
         params=[
             ParamFact(n, tuple(p.shape), str(p.dtype).removeprefix("torch."), nbytes(p), p.requires_grad, n in sparse)
@@ -91,7 +96,7 @@ def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
         test_examples=sizes[1],
         optimizer_bytes=sum(nbytes(t) for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)),
         activation_bytes=saved.total,
-        metrics=list(metrics),
+        sums=shapes,
         notes=task.notes(),
         device=device.type,
     )

@@ -26,7 +26,8 @@ from weft.data.partition import parse as parse_partitioner
 from weft.data.sampler import Sampler
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
-from weft.patterns.batches import Batches, check_loss, evaluate_batch, groups_of
+from weft.patterns.batches import Batches, check_loss, groups_of
+from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.update import Dense, Rows, Transform, Update, apply_all
@@ -216,11 +217,11 @@ class Replica:
     @torch.no_grad()
     @host_state_kept()
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics over all ranks: sums and counts add up in rank order, so every rank gets the same numbers."""
+        """Held-out metrics over all ranks, the same numbers on each."""
         ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
-        totals: dict[str, list[float]] = {name: [0.0, 0.0] for name in ctx.facts.metrics}
+        totals = Totals(self.task, ctx.facts.sums)
         mine = np.arange(ctx.rank, self.num_test, ctx.world)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
@@ -230,20 +231,12 @@ class Replica:
                 batch = self.test_batches(mine[start : start + size])
                 with self.precision():
                     parts = evaluate_batch(self.task, self.model, batch)
-                if strange := parts.keys() - totals.keys():
-                    raise TaskError(
-                        f"{type(self.task).__name__}.evaluate returned the metric {min(strange)!r} for some batches only: return the "
-                        f"same names for every batch (at first: {', '.join(totals)}), with a count of 0 where there is nothing."
-                    )
-                for name, (total, count) in parts.items():
-                    totals[name][0] += float(total)
-                    totals[name][1] += float(count)
+                totals.add(parts)
         finally:
             for module, mode in modes:
                 module.training = mode
-        own = torch.tensor(list(totals.values()), dtype=torch.float64, device=ctx.device)
-        joined = torch.stack(self.link.all_gather(own)).sum(0).tolist()
-        return {name: s / c if c else math.nan for name, (s, c) in zip(totals, joined, strict=True)}
+        totals.join(self.link, ctx.device)
+        return totals.summary()
 
     def state(self) -> dict[str, Any]:
         """Everything by parameter name, so that another pattern or layout can read it. All ranks call together."""

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from weft.data.keys import key_int
 from weft.errors import ConfigError, TaskError, UnknownName
+from weft.options import check_positive
 from weft.task import Defaults, Task
 
 VOCABULARY = 256
@@ -196,8 +197,7 @@ class CodeLM(Task):
                 f"seq_len={self.seq_len} is not possible: give a positive number, or 0 for the size's own."
             )
         for name in ("lr", "test_windows"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not possible: give a positive number.")
+            check_positive(name, getattr(self, name))
         self.seq_len = self.seq_len or SHAPES[self.size].seq_len
 
     def model(self) -> nn.Module:
