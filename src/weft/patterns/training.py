@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from weft.comm.link import Link
 from weft.data.keys import key_int
-from weft.data.partition import parse as parse_partitioner
-from weft.data.sampler import Sampler
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
-from weft.patterns.batches import Batches, check_loss, evaluate_batch, groups_of
+from weft.patterns.batches import Batches, check_loss, evaluate_batch
+from weft.patterns.feeds import make_feed
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.update import Dense, Rows, Transform, Update, apply_all
@@ -86,19 +85,9 @@ class Replica:
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
-        self.train_batches = Batches(train, task, ctx.device, dtype)
+        self.feed = make_feed(train, ctx, dtype)
         self.test_batches = Batches(test, task, ctx.device, dtype)
         self.num_test = len(cast(Any, test))
-        partitioner = parse_partitioner(config.partition)
-        self.sampler = Sampler(
-            len(cast(Any, train)),
-            config.batch,
-            ctx.rank,
-            ctx.world,
-            config.seed,
-            partitioner,
-            *groups_of(train, task, partitioner),
-        )
         self.seed = config.seed
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
@@ -123,7 +112,7 @@ class Replica:
         gradient is then its view of the arena, if there is one.
         """
         begun = time.perf_counter()
-        draw = self.sampler.next()
+        draw = self.feed.next()
         self.joined = draw.total
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
@@ -134,7 +123,7 @@ class Replica:
             if len(indices) == 0:
                 continue
             loading = time.perf_counter()
-            batch = self.train_batches(indices)
+            batch = self.feed.batch(indices)
             data_s += time.perf_counter() - loading
             n = self.task.num_examples(batch)
             with self.precision():
@@ -249,7 +238,7 @@ class Replica:
         }
 
     def meta(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        return {"sampler": self.feed.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
@@ -263,7 +252,7 @@ class Replica:
             self.schedule.load_state_dict(state["schedule"])
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
-        self.sampler.load_state_dict(meta["sampler"])
+        self.feed.load_state_dict(meta["sampler"])
         self.step = int(meta["step"])
 
 
