@@ -48,8 +48,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     faults: list[dict[str, Any]] = []
 
 
-CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
+CONFIG, DATA, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
     "config.json",
+    "data.json",
     "result.json",
     "events.jsonl",
     "plan.json",
@@ -61,7 +62,7 @@ FIRST_PART = "worker-0"  # of a checkpoint: with whole replicas rank 0 writes fo
 
 
 class RunFolder:
-    """The folder of one run: config.json, plan.json, events.jsonl, checkpoints/, logs/, result.json."""
+    """The folder of one run: config.json, plan.json, data.json (of shards: what was counted), events.jsonl, checkpoints/, logs/, result.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

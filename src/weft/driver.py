@@ -24,7 +24,7 @@ import msgspec
 from weft import compat, cost, errors, tasks
 from weft.clusters import PRELOAD, pick_cluster
 from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session
-from weft.config import PLAN, RESULT, Config, RunFolder, TaskRef
+from weft.config import DATA, PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
 from weft.events import Event, EventLog, read_events
@@ -247,6 +247,8 @@ def start(
             prepared = prepare(config, session, observer, folder)
             folder.write_config(prepared.config)
             folder.write(PLAN, prepared.plan)
+            if prepared.facts.indexes:
+                folder.write(DATA, prepared.facts.indexes)
             return Driver(prepared, folder, session, observer, interrupts).run()
     except BaseException:
         folder.remove_if_unused()
@@ -339,8 +341,11 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     if config.link == "auto":
         chosen, why = cluster.default_carrier(config.workers, facts.device)
     cluster.check(chosen)
-    steps_per_epoch = math.ceil(facts.train_examples / config.batch)
-    total = config.steps if config.steps is not None else max(1, round((config.epochs or 1) * steps_per_epoch))
+    if config.steps is not None:
+        total = config.steps
+    else:
+        assert facts.train_examples is not None  # the preflight asked for steps
+        total = max(1, round((config.epochs or 1) * math.ceil(facts.train_examples / config.batch)))
     running = sum(b.nbytes for b in facts.buffers if b.running)
     heap = sum(facts.gradient_bytes.values()) + running + HEAP_SLACK
     link = LinkSpec(chosen, config.workers, config.deadline_s, nbytes=heap, port=config.port, device=facts.device)
@@ -380,6 +385,8 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
     shares = [
         config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
     ]
+    if facts.owned:
+        shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
     memory = pattern.memory(facts, config.workers)
     return Plan(
         task=config.task.name,
@@ -388,7 +395,7 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
         answers=pattern.answers,
         cluster=config.cluster,
         steps=total_steps,
-        epochs=total_steps / math.ceil(facts.train_examples / config.batch),
+        epochs=total_steps / math.ceil(facts.train_examples / config.batch) if facts.train_examples else None,
         batch=config.batch,
         num_parameters=sum(math.prod(p.shape) for p in facts.params),
         num_trainable=sum(math.prod(p.shape) for p in facts.params if p.trainable),
@@ -415,7 +422,9 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
             "link": f"{link.carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         },
-        notes=pattern.notes(facts) + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+        notes=pattern.notes(facts)
+        + facts.about_data
+        + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )
 

@@ -74,8 +74,14 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
 
 
 def describe(cls: type) -> list[Option]:
-    """The options of a class, with defaults; docs come from ``field(metadata={"doc": ...})``."""
+    """The options of a class, with defaults; docs come from ``field(metadata={"doc": ...})``, or, for an ``__init__``
+    written by hand, from ``Annotated[str, "the doc"]``."""
     docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    if not _generated(cls):
+        hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+        docs |= {
+            name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is typing.Annotated
+        }
     return [
         Option(
             name,
@@ -90,7 +96,7 @@ def describe(cls: type) -> list[Option]:
 def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
     if cls.__init__ is object.__init__:  # type: ignore[misc]
         return {}
-    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    hints = typing.get_type_hints(cls) if _generated(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     result: dict[str, tuple[Any, Any]] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -101,6 +107,12 @@ def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
         annotation = hints.get(name, Any if default in (inspect.Parameter.empty, None) else type(default))
         result[name] = (annotation, default)
     return result
+
+
+def _generated(cls: type) -> bool:
+    """Its ``__init__`` is that of a dataclass: its own, or the nearest base's."""
+    home = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    return "__dataclass_fields__" in vars(home)
 
 
 def _dataclass_default(cls: type, name: str, default: Any) -> Any:

@@ -23,7 +23,7 @@ from weft.data.keys import key_int
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss, evaluate_batch
-from weft.patterns.feeds import make_feed
+from weft.patterns.feeds import make_feed, readable
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.update import Dense, Rows, Transform, Update, apply_all
@@ -86,6 +86,7 @@ class Replica:
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
         self.feed = make_feed(train, ctx, dtype)
+        test = readable(test, ctx.facts.indexes.get("held-out"))
         self.test_batches = Batches(test, task, ctx.device, dtype)
         self.num_test = len(cast(Any, test))
         self.seed = config.seed
@@ -202,7 +203,7 @@ class Replica:
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
         totals: dict[str, list[float]] = {name: [0.0, 0.0] for name in ctx.facts.metrics}
-        mine = np.arange(ctx.rank, self.num_test, ctx.world)
+        mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
@@ -235,6 +236,7 @@ class Replica:
             "optimizer": optimizer_state_by_name(self.optimizer, self.params),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [t.state_dict() for t in self.chain],
+            "stream": self.feed.stream_state(),
         }
 
     def meta(self) -> dict[str, Any]:
@@ -253,6 +255,7 @@ class Replica:
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
         self.feed.load_state_dict(meta["sampler"])
+        self.feed.load_stream_state(state.get("stream"))
         self.step = int(meta["step"])
 
 
@@ -294,6 +297,11 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def own_share(n: int, rank: int, world: int, neighbours: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A rank's share of 0..n-1: every ``world``-th, or, where neighbours are read together, one stretch."""
+    return np.arange(n * rank // world, n * (rank + 1) // world) if neighbours else np.arange(rank, n, world)
 
 
 def sparse_rows(name: str, p: nn.Parameter) -> Rows:

@@ -1,4 +1,4 @@
-"""The shipped tasks by name, on real data that every machine has. This table imports none of them, and not torch."""
+"""The shipped tasks by name, on real data that every machine has, or on the user's own. This table imports none of them, and not torch."""
 
 from __future__ import annotations
 
@@ -20,4 +20,5 @@ TASKS: dict[str, Shipped] = {
     "codelm": Shipped(
         "weft.tasks.codelm:CodeLM", "a byte-level transformer on the source text of Python's standard library"
     ),
+    "text": Shipped("weft.tasks.text:Text", "the same transformer on your own text files, streamed: --data FILE"),
 }
