@@ -326,6 +326,7 @@ def test_the_plan_tells_unequal_shares(tmp_path: Path) -> None:
     weft.run(Given(Counting(90)), cluster="inprocess", workers=2, steps=2, run_dir=tmp_path / "r2", observer=Keep())
     assert [m.examples_per_step for m in plans[0].members] == [15, 5]
     assert plans[0].train_examples == 100
+    assert plans[0].members[0].memory["data"] == sum(f.stat().st_size for f in (tmp_path / "data").iterdir())
     assert any("2 shard(s)" in note for note in plans[0].notes)
     assert (plans[1].train_examples, plans[1].epochs) == (None, None)
     assert any("a resume goes through it again" in note for note in plans[1].notes)

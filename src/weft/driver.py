@@ -388,6 +388,8 @@ def make_plan(config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, to
     if facts.owned:
         shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
     memory = pattern.memory(facts, config.workers)
+    if training := facts.indexes.get("training"):
+        memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
     return Plan(
         task=config.task.name,
         pattern=config.pattern,

@@ -354,6 +354,12 @@ def test_files_that_changed_since_they_were_counted(tmp_path: Path) -> None:
     shards = Shards(write_shards(tmp_path, [20, 20], "npy"))
     index = shards.scan()
     assert shards.same(index) is index
+    with pytest.raises(ConfigError, match=r"began with split=1, and split=2"):
+        Shards(shards.paths, split=2).same(index)
+    with pytest.raises(ConfigError, match=r"began with buffer_mb=64, and buffer_mb=8"):
+        Shards(shards.paths, buffer_mb=8).same(index)
+    with pytest.raises(DataError, match=r"s001.npy was among the shards"):
+        Shards(tmp_path / "s000.npy").same(index)
     path = tmp_path / "s001.npy"
     kept, stat = path.read_bytes(), path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))

@@ -31,6 +31,8 @@ class Index(msgspec.Struct, frozen=True):
     schema: dict[str, Any]
     split: int
     files: list[FileIndex]
+    format: str = ""
+    buffer_bytes: int = 0
 
     @property
     def num_records(self) -> int:
@@ -128,33 +130,43 @@ class Shards:
             schema = scan.schema if schema is None else format.join(schema, scan.schema, (entries[0].path, path))
             entries.append(FileIndex(path, stat.st_size, stat.st_mtime_ns, scan.cuts, scan.counts))
         assert schema is not None
-        index = Index(schema, self.split, entries)
+        index = Index(schema, self.split, entries, format.name, self.buffer_bytes)
         if index.num_records == 0:
             raise DataError(f"{_these(paths)} hold no records: there is nothing to read.")
         return index
 
     def same(self, known: Index) -> Index:
-        """``known`` again, if the files are still those: nothing is counted anew. Raises DataError naming what changed."""
-        now, then = self.files() if not self._vanished(known) else [], [file.path for file in known.files]
-        if added := [path for path in now if path not in set(then)]:
-            raise DataError(
-                f"{added[0]} was not among the shards when the run began: a run goes on with the data it began with. "
-                "Take the file away, or start a new run."
-            )
-        for file in known.files:
-            with open_shard(file.path) as opened:
-                check_unchanged(opened, file)
-        return known
-
-    @staticmethod
-    def _vanished(known: Index) -> bool:
+        """``known`` again, if the files are still those: nothing is counted anew. Raises DataError naming what changed, and
+        ConfigError if they are to be cut in another way."""
+        for what, old, new in (
+            ("split", known.split, self.split),
+            ("buffer_mb", known.buffer_bytes / MB, self.buffer_bytes / MB),
+        ):
+            if old != new:
+                raise ConfigError(
+                    f"Shards: the run began with {what}={old:g}, and {what}={new:g} would change the order of its records: "
+                    f"resume with {what}={old:g}, or start a new run."
+                )
         for file in known.files:
             if not os.path.exists(file.path):
                 raise DataError(
                     f"{file.path} has vanished since the run began: put it back (it had {file.size} bytes and "
                     f"{sum(file.counts)} records), or start a new run."
                 )
-        return False
+        now, then = self.files(), {file.path for file in known.files}
+        if added := [path for path in now if path not in then]:
+            raise DataError(
+                f"{added[0]} was not among the shards when the run began: a run goes on with the data it began with. "
+                "Take the file away, or start a new run."
+            )
+        if left := sorted(then - set(now)):
+            raise DataError(
+                f"{left[0]} was among the shards when the run began, and is not any more: give the same paths, or start a new run."
+            )
+        for file in known.files:
+            with open_shard(file.path) as opened:
+                check_unchanged(opened, file)
+        return known
 
     def _format(self, paths: Sequence[str]) -> Format:
         if self.format is not None:

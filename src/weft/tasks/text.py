@@ -6,7 +6,7 @@ The end of every file is held out, so that the model is judged on text that it n
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from weft.data import Shards
 from weft.data.formats import CHUNK, Windows
 from weft.data.shards import open_shard
 from weft.errors import DataError
+from weft.task import Defaults
 from weft.tasks.codelm import VOCABULARY, ByteLM, entropy
 
 HELD_OUT = 10  # of each file the last one part in so many
@@ -27,6 +28,8 @@ SPLIT = 64  # workers that one file can serve
 class Text(ByteLM):
     """Files of any size are read as bytes, whatever their encoding. Windows overlap by one byte, so that every byte but
     the first is predicted; what at the end of a file does not fill a window is left out."""
+
+    defaults: ClassVar[Defaults] = Defaults(batch=32, epochs=None, steps=1000)
 
     def __init__(
         self,
