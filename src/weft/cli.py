@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ TaskSettings = Annotated[
         "-t", help="an option of the task, key=value; may be given again", default_factory=list, show_default=False
     ),
 ]
+Data = Annotated[str | None, typer.Option(metavar="FILE", help="short for -t data=FILE, a file or a glob in quotes")]
 PatternSettings = Annotated[
     list[str],
     typer.Option(
@@ -91,6 +93,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         t: TaskSettings,
         o: PatternSettings,
         pattern: PatternOption = "allreduce",
+        data: Data = None,
         workers: Workers = 1,
         steps: Steps = None,
         epochs: Epochs = None,
@@ -114,6 +117,8 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
     ) -> None:
         request = locals().copy()
         settings = {name: request[name] for name in SETTINGS}
+        if data is not None:
+            t = [*t, f"data={os.path.abspath(data)}"]  # a resume may start elsewhere
         session, config = _open(task, t, pattern, o, cluster, settings)
         with session, _terminal(json_) as terminal:
             act(config, session, terminal, run_dir)

@@ -52,14 +52,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Joined batches in a pass over the training set; the last may be smaller."""
         return -(-num_examples // self.batch)
 
-    def total_steps(self, num_examples: int) -> int:
+    def total_steps(self, num_examples: int | None) -> int:
+        """``num_examples``: None if a stream does not tell; the preflight then asks for steps."""
         if self.steps is not None:
             return self.steps
+        assert num_examples is not None
         return max(1, round((self.epochs or 1) * self.steps_per_epoch(num_examples)))
 
 
-CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
+CONFIG, DATA, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
     "config.json",
+    "data.json",
     "result.json",
     "events.jsonl",
     "plan.json",
@@ -78,7 +81,7 @@ FIRST_PART = part_of(0)  # what all workers hold alike
 
 
 class RunFolder:
-    """The folder of one run: config.json, plan.json, events.jsonl, checkpoints/, logs/, result.json."""
+    """The folder of one run: config.json, plan.json, data.json (of shards: what was counted), events.jsonl, checkpoints/, logs/, result.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

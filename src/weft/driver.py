@@ -25,7 +25,7 @@ from weft import compat, cost, errors, tasks
 from weft.clusters import PRELOAD, pick_cluster
 from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session
 from weft.comm.link import WORLD
-from weft.config import PLAN, RESULT, Config, RunFolder, TaskRef
+from weft.config import DATA, PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, Spent, diagnose
 from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
@@ -255,6 +255,8 @@ def start(
             prepared = prepare(config, session, observer, folder)
             folder.write_config(prepared.config)
             folder.write(PLAN, prepared.plan)
+            if prepared.facts.indexes:
+                folder.write(DATA, prepared.facts.indexes)
             return Driver(prepared, folder, session, observer, interrupts).run()
     except BaseException:
         folder.remove_if_unused()
@@ -403,7 +405,11 @@ def make_plan(
     shares = [
         config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
     ]
+    if facts.owned:
+        shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
     memory = pattern.memory(facts, config.workers)
+    if training := facts.indexes.get("training"):
+        memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
     return Plan(
         task=config.task.name,
         pattern=config.pattern,
@@ -411,7 +417,7 @@ def make_plan(
         answers=pattern.answers,
         cluster=config.cluster,
         steps=total_steps,
-        epochs=total_steps / config.steps_per_epoch(facts.train_examples),
+        epochs=total_steps / config.steps_per_epoch(facts.train_examples) if facts.train_examples else None,
         batch=config.batch,
         num_parameters=sum(math.prod(p.shape) for p in facts.params),
         num_trainable=sum(math.prod(p.shape) for p in facts.params if p.trainable),
@@ -438,6 +444,7 @@ def make_plan(
         }
         | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
         notes=pattern.notes(facts, config)
+        + facts.about_data
         + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )

@@ -17,9 +17,10 @@ from weft import compat, events
 from weft.clusters.base import Seat, resolve
 from weft.comm.link import WORLD, Link
 from weft.comm.wrappers import Fault, FaultyLink
-from weft.config import CHECKPOINTS, FIRST_PART, Config, part_of
+from weft.config import CHECKPOINTS, DATA, FIRST_PART, Config, part_of
+from weft.data.shards import Index
 from weft.driver import Job
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
@@ -41,11 +42,22 @@ def learn_facts(seat: Seat) -> None:
     config = complete(job.config, task.defaults)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    facts = preflight(task, pattern, config)
+    facts = preflight(task, pattern, config, known_indexes(job.run_dir))
     if job.run_dir:
         state_bytes = sum(p.nbytes for p in facts.params) + facts.optimizer_bytes + sum(b.nbytes for b in facts.buffers)
         checkpoint.check_writable(Path(job.run_dir) / CHECKPOINTS, state_bytes)
     seat.send({"facts": msgspec.to_builtins(facts), "config": msgspec.to_builtins(config)})
+
+
+def known_indexes(run_dir: str) -> dict[str, Index]:
+    """What was counted when the run began; empty for a new run, and for data that is not in shards."""
+    path = Path(run_dir) / DATA
+    if not run_dir or not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Index])
+    except (msgspec.MsgspecError, OSError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}. Remove it: the data is then counted again.") from error
 
 
 def complete(config: Config, defaults: Defaults) -> Config:

@@ -112,19 +112,19 @@ def describe(cls: type) -> list[Option]:
 
 
 def _docs(cls: type) -> dict[str, str]:
-    if dataclasses.is_dataclass(cls):
-        return {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
-    return {
-        name: " ".join(extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, str))
-        for name, hint in hints.items()
-    }
+    docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    if not _generated(cls):
+        hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+        for name, hint in hints.items():
+            if own := [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, str)]:
+                docs[name] = " ".join(own)
+    return docs
 
 
 def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
     if cls.__init__ is object.__init__:  # type: ignore[misc]
         return {}
-    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    hints = typing.get_type_hints(cls) if _generated(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     result: dict[str, tuple[Any, Any]] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -135,6 +135,12 @@ def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
         annotation = hints.get(name, Any if default in (inspect.Parameter.empty, None) else type(default))
         result[name] = (annotation, default)
     return result
+
+
+def _generated(cls: type) -> bool:
+    """Its ``__init__`` is that of a dataclass: its own, or the nearest base's."""
+    home = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    return "__dataclass_fields__" in vars(home)
 
 
 def _dataclass_default(cls: type, name: str, default: Any) -> Any:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
+    from weft.data.shards import Shards
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -42,8 +44,9 @@ class Task(ABC):
         """A new model. Called once on every worker, with the same random state on each."""
 
     @abstractmethod
-    def data(self) -> tuple[Dataset[Any], Dataset[Any]]:
-        """(train, held-out), map-style: they have a length and answer ``dataset[i]``."""
+    def data(self) -> tuple[Dataset[Any] | Shards, Dataset[Any] | Shards]:
+        """(train, held-out): map-style (they have a length and answer ``dataset[i]``) or ``weft.data.Shards``; train may
+        also be a torch IterableDataset (docs/data.md says what it must keep to)."""
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:

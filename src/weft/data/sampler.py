@@ -60,7 +60,7 @@ class Sampler:
         self.partitioner = partitioner
         self._labels, self._keys = labels, keys
         self._owner = self._owners(world)
-        self._bounds: list[int] | None = None  # of the parts of a whole joined batch, if they are not equal
+        self._bounds: Sequence[int] = range(world + 1)  # in proportion: where a rank's part of a joined batch begins
         self.epoch = 0
         self._past: list[tuple[int, int]] = []  # (world, examples drawn under it), earlier in this epoch
         self._drawn = 0  # under this world, after what is past
@@ -96,9 +96,7 @@ class Sampler:
                 f"partition {self.partitioner.name!r} gives each rank its own examples, whose shares follow from it: "
                 "use 'shuffle' where shares shall be chosen."
             )
-        if len(shares) != self.world or sum(shares) != self.batch or min(shares) < 0:
-            raise ValueError(f"shares {list(shares)} are not {self.world} numbers that add up to {self.batch}")
-        self._bounds = [0, *accumulate(shares)]
+        self._bounds = bounds_of(shares, self.world, self.batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: small, JSON-able, the same on every rank.
@@ -136,8 +134,7 @@ class Sampler:
 
     def _own(self, joined: Indices) -> Indices:
         if self._owner is None:
-            bounds, whole = (self._bounds, self.batch) if self._bounds else (range(self.world + 1), self.world)
-            begin, end = (len(joined) * bounds[r] // whole for r in (self.rank, self.rank + 1))
+            begin, end = part_of(len(joined), self._bounds, self.rank)
             return joined[begin:end]
         own: Indices = joined[self._owner[joined] == self.rank]
         return own
@@ -155,6 +152,17 @@ class Sampler:
             unseen[_merge(left, self._owners(world))[:drawn]] = False
             left = left[unseen[left]]
         return _merge(left, self._owner)
+
+
+def bounds_of(shares: Sequence[int], world: int, batch: int) -> list[int]:
+    if len(shares) != world or sum(shares) != batch or min(shares) < 0:
+        raise ValueError(f"shares {list(shares)} are not {world} numbers that add up to {batch}")
+    return [0, *accumulate(shares)]
+
+
+def part_of(count: int, bounds: Sequence[int], rank: int) -> tuple[int, int]:
+    """Where the rank's part of ``count`` examples begins and ends, in proportion to ``bounds``."""
+    return count * bounds[rank] // bounds[-1], count * bounds[rank + 1] // bounds[-1]
 
 
 def _merge(examples: Indices, owner: Indices | None) -> Indices:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 
 from weft.comm.link import WORLD
+from weft.data.shards import Index
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -59,13 +60,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     params: list[ParamFact]
     buffers: list[BufferFact]
-    train_examples: int
+    train_examples: int | None  # None: a stream that does not tell its length
     test_examples: int
     optimizer_bytes: int
     activation_bytes: int
     sums: dict[str, tuple[int, ...]]  # shapes of what the task's evaluation adds up, by name
     notes: dict[str, float]
     device: str
+    indexes: dict[str, Index] = {}  # of what is sharded: "training", "held-out"
+    about_data: list[str] = []  # how it streams, in words, for the plan
+    owned: list[int] = []  # training examples of each worker, where shards make them unequal
 
     @property
     def gradient_bytes(self) -> dict[str, int]:

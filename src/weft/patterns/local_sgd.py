@@ -93,7 +93,7 @@ class LocalSGD(Pattern):
         return (Role("worker", workers, "weft.patterns.training:train", does),)
 
     def period(self, facts: Facts, config: Config) -> int:
-        return config.steps_per_epoch(facts.train_examples) if self.every == "epoch" else self.every
+        return config.steps_per_epoch(facts.train_examples or 1) if self.every == "epoch" else self.every
 
     def check(self, facts: Facts, config: Config) -> None:
         self.within.check(facts, config)
@@ -102,6 +102,10 @@ class LocalSGD(Pattern):
                 f"island={self.island} does not divide the {config.workers} workers: all islands have the same number."
             )
         total = config.total_steps(facts.train_examples)
+        if self.every == "epoch" and facts.train_examples is None:
+            raise ConfigError(
+                "every=epoch needs a training set of known length, and this stream tells none: give a number."
+            )
         if (period := self.period(facts, config)) > total:
             what = f"every={self.every}" + (f" ({period} steps)" if self.every == "epoch" else "")
             raise ConfigError(

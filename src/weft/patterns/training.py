@@ -22,11 +22,10 @@ from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.balance import Balancer
 from weft.data.keys import key_int
-from weft.data.partition import parse as parse_partitioner
-from weft.data.sampler import Sampler
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
-from weft.patterns.batches import Batches, check_loss, groups_of
+from weft.patterns.batches import Batches, check_loss
+from weft.patterns.feeds import make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
@@ -83,19 +82,10 @@ class Replica:
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
-        self.train_batches = Batches(train, task, ctx.device, dtype)
+        self.feed = make_feed(train, ctx, dtype)
+        test = readable(test, ctx.facts.indexes.get("held-out"))
         self.test_batches = Batches(test, task, ctx.device, dtype)
         self.num_test = len(cast(Any, test))
-        partitioner = parse_partitioner(config.partition)
-        self.sampler = Sampler(
-            len(cast(Any, train)),
-            config.batch,
-            ctx.rank,
-            ctx.world,
-            config.seed,
-            partitioner,
-            *groups_of(train, task, partitioner),
-        )
         self.balancer: Balancer | None = None
         if config.balance == "auto":
             # BatchNorm needs two examples to normalise by, and some more to do it well
@@ -129,7 +119,7 @@ class Replica:
         own way: then it is the mean over this rank's own examples.
         """
         begun = time.perf_counter()
-        draw = self.sampler.next()
+        draw = self.feed.next()
         self.epoch_ended = draw.last
         if self.averaged_over == 1:
             self.joined = float(len(draw.indices))
@@ -144,7 +134,7 @@ class Replica:
             if len(indices) == 0:
                 continue
             loading = time.perf_counter()
-            batch = self.train_batches(indices)
+            batch = self.feed.batch(indices)
             data_s += time.perf_counter() - loading
             n = self.task.num_examples(batch)
             with self.precision():
@@ -203,11 +193,11 @@ class Replica:
 
     def rebalance(self, seconds: Sequence[float]) -> None:
         """``seconds`` of each rank for its share of this step's joined batch; all ranks call with the same."""
-        if self.balancer is None or self.joined < self.sampler.batch:
+        if self.balancer is None or self.joined < self.ctx.config.batch:
             return
         self.report.balance = decision = self.balancer.observe(seconds)
         if decision is not None:
-            self.sampler.cut(decision.shares)
+            self.feed.cut(decision.shares)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.autocast else AS_IS
@@ -222,7 +212,7 @@ class Replica:
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
         totals = Totals(self.task, ctx.facts.sums)
-        mine = np.arange(ctx.rank, self.num_test, ctx.world)
+        mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
@@ -247,10 +237,11 @@ class Replica:
             "optimizer": optimizer_state_by_name(self.optimizer, self.params),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [t.state_dict() for t in self.chain],
+            "stream": self.feed.stream_state(),
         }
 
     def meta(self) -> dict[str, Any]:
-        meta = {"sampler": self.sampler.state_dict()}
+        meta = {"sampler": self.feed.state_dict()}
         return meta if self.balancer is None else meta | {"balance": self.balancer.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -265,10 +256,11 @@ class Replica:
             self.schedule.load_state_dict(state["schedule"])
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
-        self.sampler.load_state_dict(meta["sampler"])
+        self.feed.load_state_dict(meta["sampler"])
+        self.feed.load_stream_state(state.get("stream"))
         if self.balancer is not None and "balance" in meta:
             self.balancer.load_state_dict(meta["balance"])
-            self.sampler.cut(self.balancer.shares)
+            self.feed.cut(self.balancer.shares)
         self.step = int(meta["step"])
 
 
@@ -342,6 +334,11 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def own_share(n: int, rank: int, world: int, neighbours: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A rank's share of 0..n-1: every ``world``-th, or, where neighbours are read together, one stretch."""
+    return np.arange(n * rank // world, n * (rank + 1) // world) if neighbours else np.arange(rank, n, world)
 
 
 def sparse_rows(name: str, p: nn.Parameter) -> Rows:

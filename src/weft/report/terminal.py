@@ -62,7 +62,10 @@ def render_plan(plan: Plan) -> RenderableType:
     sizes = f"{format_count(plan.num_parameters)} parameters"
     if plan.num_trainable != plan.num_parameters:
         sizes += f" ({format_count(plan.num_trainable)} trained)"
-    length = f"{format_count(plan.steps)} steps of {plan.batch:,} examples = {format_count(plan.epochs)} epochs"
+    length = f"{format_count(plan.steps)} steps of {plan.batch:,} examples"
+    if plan.epochs is not None:
+        length += f" = {format_count(plan.epochs)} epochs"
+    train = "a stream" if plan.train_examples is None else f"{format_count(plan.train_examples)} examples"
     training: list[tuple[str, RenderableType]] = [
         ("length", length),
         ("checkpoints", plan.checkpoints),
@@ -71,10 +74,7 @@ def render_plan(plan: Plan) -> RenderableType:
     ]
     return Group(
         _title(plan, _tier(plan.tier)),
-        Text(
-            f"{sizes} · {plan.dtype} · {format_count(plan.train_examples)} examples to train on, "
-            f"{format_count(plan.test_examples)} held out"
-        ),
+        Text(f"{sizes} · {plan.dtype} · {train} to train on, {format_count(plan.test_examples)} held out"),
         Text(),
         Facts(plan.answers.items()),
         Text(),

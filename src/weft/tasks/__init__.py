@@ -1,5 +1,5 @@
-"""The shipped tasks by name, on data that every machine has: real, or generated and said to be so. This table imports
-none of them, and not torch."""
+"""The shipped tasks by name, on data that every machine has (real, or generated and said to be so), or on the user's own.
+This table imports none of them, and not torch."""
 
 from __future__ import annotations
 
@@ -32,4 +32,5 @@ TASKS: dict[str, Shipped] = {
         "weft.tasks.series:Series",
         "a GRU forecasts the Mackey-Glass series (generated), or a column of your own CSV file",
     ),
+    "text": Shipped("weft.tasks.text:Text", "the same transformer on your own text files, streamed: --data FILE"),
 }
