@@ -5,6 +5,8 @@ Kinds and their ``values``:
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
             step), examples (joined), compute_s, exchange_s, wait_s, data_s (this member's seconds), bytes_sent
+  usage     of this member's process, about once a second: pid, cpu_percent (since the one before; 100 is one core),
+            rss_bytes, peak_rss_bytes; with a GPU gpu_bytes, peak_gpu_bytes and, where it can be told, gpu_percent
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step
@@ -17,6 +19,7 @@ Kinds and their ``values``:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +50,23 @@ class EventLog:
     """Append events to a file, a line each, flushed at once: after a crash all but the last line can be read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        """Of a writer that was killed, or had no room: the next line would join it, and both be lost."""
+        end = self._file.seek(0, os.SEEK_END)
+        start = end
+        while start > 0:
+            begin = max(0, start - (1 << 16))
+            self._file.seek(begin)
+            found = (self._file.read(start - begin) or b"").rfind(b"\n")
+            if found >= 0:
+                start = begin + found + 1
+                break
+            start = begin
+        if start < end:
+            self._file.truncate(start)
 
     def write(self, event: Event) -> None:
         self._file.write(_encoder.encode(event) + b"\n")

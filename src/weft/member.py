@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -14,8 +15,9 @@ import torch
 
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
+from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
-from weft.config import CHECKPOINTS, FIRST_PART, Config
+from weft.config import CHECKPOINTS, FIRST_PART, SPANS, Config
 from weft.driver import Job, save_interval
 from weft.errors import CheckpointError
 from weft.events import Event
@@ -24,9 +26,12 @@ from weft.patterns import registry
 from weft.patterns.base import Context, Resume, SafePoint
 from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
+from weft.spans import Spans, local_clock
 from weft.task import Defaults
+from weft.usage import Usage
 
 TICK_S = 0.2
+USAGE_S = 1.0
 
 
 def learn_facts(seat: Seat) -> None:
@@ -73,7 +78,7 @@ def work(seat: Seat) -> None:
     task = load_task(config.task)
     pattern = registry.build(config.pattern, config.pattern_options)
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
-    reporter = Reporter(seat)
+    reporter = Reporter(seat, Usage(device))
     step = 0
     resume: Resume | None = None
     if job.resume_from:
@@ -84,7 +89,13 @@ def work(seat: Seat) -> None:
         resume = Resume(found.step, found.world, state, found.meta)
         reporter.step = step
     link = seat.link()
+    spans: Spans | None = None
     try:
+        if config.trace:
+            clock = measure_clock(link, device, local_clock())
+            place = Path(job.run_dir) / SPANS
+            spans = Spans(place, role.name, rank, clock, lambda text: reporter.send("warning", text=text))
+            link = TracedLink(link, spans)
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
             link = FaultyLink(link, faults, step=lambda: reporter.step + 1)
@@ -100,20 +111,24 @@ def work(seat: Seat) -> None:
             link=link,
             stop_requested=seat.stop_requested,
             resume=resume,
+            spans=spans,
         )
-        drive(resolve(role.entry)(context), reporter, config, Path(job.run_dir), job.total_steps)
+        drive(resolve(role.entry)(context), reporter, config, Path(job.run_dir), job.total_steps, spans)
     finally:
         reporter.flush()  # what was done before an error is known, to the step
+        reporter.sample()
+        if spans is not None:
+            spans.close()
         link.close()
 
 
 class Reporter:
     """Tells the driver what happens, many steps in one message."""
 
-    def __init__(self, seat: Seat, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seat, self.clock, self.step = seat, clock, 0
+    def __init__(self, seat: Seat, usage: Usage, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seat, self.usage, self.clock, self.step = seat, usage, clock, 0
         self.rank = seat.spec.member
-        self._sent = clock()
+        self._sent = self._sampled = clock()
         self._clear()
 
     def _clear(self) -> None:
@@ -129,6 +144,7 @@ class Reporter:
         self.step = step
         self._clear()
         self.send("started", pid=os.getpid())
+        self.sample()
 
     def add(self, point: SafePoint) -> None:
         r, s = point.report, self._sums
@@ -149,12 +165,21 @@ class Reporter:
         if self._loss:
             self.send("ticks", first=self._first, last=self.step, loss=self._loss, **self._sums)
         self._sent = self.clock()
+        if self._sent - self._sampled >= USAGE_S:
+            self.sample()
         self._clear()
 
+    def sample(self) -> None:
+        self._sampled = self.clock()
+        self.send("usage", **self.usage.sample())
 
-def drive(points: Any, reporter: Reporter, config: Config, run_dir: Path, total_steps: int) -> None:
+
+def drive(
+    points: Any, reporter: Reporter, config: Config, run_dir: Path, total_steps: int, spans: Spans | None = None
+) -> None:
     """At each safe point: evaluate, save or stop, as the run's settings say. All members decide alike."""
     save_every = save_interval(config, total_steps)
+    span = spans.span if spans is not None else lambda name: contextlib.nullcontext()
     reporter.begin(reporter.step)
     for point in points:
         is_new = point.version > reporter.step
@@ -163,12 +188,14 @@ def drive(points: Any, reporter: Reporter, config: Config, run_dir: Path, total_
         done = point.ended or point.stop
         if is_new and (done or (save_every and point.version % save_every == 0)):
             reporter.flush()
-            state = point.state()  # by all members together
-            if reporter.rank == 0:
-                save(state, point, reporter, config, run_dir)
+            with span("save"):
+                state = point.state()  # by all members together
+                if reporter.rank == 0:
+                    save(state, point, reporter, config, run_dir)
         if point.ended or (config.eval_every and point.version % config.eval_every == 0):
             reporter.flush()
-            metrics = point.evaluate()
+            with span("evaluate"):
+                metrics = point.evaluate()
             if reporter.rank == 0:
                 reporter.send("eval", **metrics)
         if point.stop and not point.ended:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from weft.comm.link import Link
     from weft.config import Config
+    from weft.events import Event
     from weft.patterns.training import Exchange, Replica
+    from weft.sections import Section
+    from weft.spans import Spans
     from weft.task import Task
 
 Tier = Literal["stable", "beta", "contrib"]
@@ -96,6 +99,7 @@ class Context:
     link: Link
     stop_requested: Callable[[], bool]
     resume: Resume | None = None
+    spans: Spans | None = None  # of a traced run
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,10 @@ class Pattern(ABC):
     def notes(self, facts: Facts) -> list[str]:
         """Policies that touch this model, in words, for the plan."""
         return []
+
+    def sections(self, events: Iterable[Event]) -> Sequence[Section]:
+        """This pattern's own part of the report of a run that it distributed, from the run's events."""
+        return ()
 
     def replica(self, ctx: Context) -> Replica:
         """The worker's model, for patterns whose workers each hold a whole replica."""

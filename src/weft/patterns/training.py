@@ -105,6 +105,7 @@ class Replica:
         self.step = 0
         self.joined = 0  # examples drawn by all ranks in this step
         self.report = StepReport()
+        self.spans = ctx.spans
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             self.load(ctx.resume.state, ctx.resume.meta)
@@ -123,6 +124,8 @@ class Replica:
         gradient is then its view of the arena, if there is one.
         """
         begun = time.perf_counter()
+        if (spans := self.spans) is not None:
+            spans.step = self.step + 1
         draw = self.sampler.next()
         self.joined = draw.total
         seed_torch(self.step_seed + self.step)
@@ -135,15 +138,21 @@ class Replica:
                 continue
             loading = time.perf_counter()
             batch = self.train_batches(indices)
-            data_s += time.perf_counter() - loading
+            loaded = time.perf_counter()
+            data_s += loaded - loading
             n = self.task.num_examples(batch)
             with self.precision():
                 loss = self.task.loss(self.model, batch)
             check_loss(loss, self.task)
             share = n / draw.total
+            if spans is not None:
+                spans.add("data", loading, loaded)
+                spans.add("forward", loaded, forwarded := time.perf_counter())
             loss.backward(gradient=None if share == 1.0 else torch.full_like(loss, share))
             loss_sum += loss.item() * n
             weight += n
+            if spans is not None:
+                spans.add("backward", forwarded, time.perf_counter())
         update = self._collect(weight)
         r = self.report
         r.losses, r.examples = [loss_sum], [weight]
@@ -198,7 +207,10 @@ class Replica:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        self.report.compute_s += time.perf_counter() - begun
+        ended = time.perf_counter()
+        self.report.compute_s += ended - begun
+        if self.spans is not None:
+            self.spans.add("optimizer", begun, ended)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.autocast else AS_IS
