@@ -128,7 +128,7 @@ class Spans:
             self._path(self._number - 2).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{self._stem}.{number}.jsonl"
+        return self._folder / f"{self._stem}.{number:06d}.jsonl"
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from weft.report.history import Mark, downsample, means
+from weft.report.human import format_metric, format_seconds
 from weft.sections import Chart, Line
 
 WIDTH, HEIGHT = 1000, 260  # of the drawing's own units
 BUCKETS = 300
 SMOOTH_FROM = 120  # points, from which on a curve gets a line of means
 NUM_COLOURS = 8
+LONG_TEXT = 28  # characters of a cell, from which on it may wrap
+TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
+LIMIT = 1e100  # what is larger has diverged, and is drawn as what is not finite
 LOG_FROM = 50.0  # greatest over least, from which on an axis is logarithmic
 
 #: How what happened looks on a time axis. Glyphs differ as well as colours.
@@ -43,16 +47,25 @@ class Axis:
     ticks: list[tuple[float, str]]
 
     def place(self, value: float) -> float:
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+        if self.log:  # what is not positive lies at the bottom
+            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
-def make_axis(values: Iterable[float], text: Callable[[float], str], *, from_zero: bool, may_log: bool = False) -> Axis:
-    """Over all finite values, with some four round ticks inside."""
-    finite = [v for v in values if math.isfinite(v)]
+def make_axis(
+    values: Iterable[float],
+    text: Callable[[float], str],
+    *,
+    from_zero: bool = False,
+    may_log: bool = False,
+    rounded: bool = False,
+) -> Axis:
+    """Over all finite values, with some four round ticks inside; ``rounded``: it ends at ticks."""
+    finite = [v for v in values if abs(v) < LIMIT]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    if may_log and not from_zero and low > 0 and high / low > LOG_FROM:
+    positive = min((v for v in finite if v > 0), default=0.0)
+    if may_log and low >= 0 and positive and high / positive > LOG_FROM:
+        low = positive
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, (last - first) // 4)
         axis = Axis(low, high, True, [])
@@ -60,13 +73,24 @@ def make_axis(values: Iterable[float], text: Callable[[float], str], *, from_zer
         return Axis(low, high, True, [(axis.place(v), text(v)) for v in at])
     if from_zero:
         low, high = min(0.0, low), max(0.0, high)
-    if high <= low:
+    if high - low <= max(1e-12 * abs(high), 1 / LIMIT):
         pad = abs(low) / 2 or 0.5
         low, high = (low, low + 2 * pad) if from_zero else (low - pad, high + pad)
-    step = round_step((high - low) / 4)
+    step = round_step((high - low) / 6)
+    if rounded:
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first = math.ceil(low / step - 1e-9)
     at = [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
     return Axis(low, high, False, [((v - low) / (high - low), text(0.0 if abs(v) < step / 1e6 else v)) for v in at])
+
+
+def time_axis(seconds: float) -> Axis:
+    """0 to ``seconds``, with ticks as a clock has them."""
+    rough = seconds / 6
+    step = next((s for s in TIME_STEPS_S if s >= rough), 86400.0) if rough > 1 else round_step(rough)
+    unit, name = (3600.0, "h") if step >= 3600 else (60.0, "min") if step >= 60 else (1.0, "")
+    at = [k * step for k in range(int(seconds / step + 1e-9) + 1)]
+    return Axis(0.0, seconds, False, [(t / seconds, f"{t / unit:g} {name}" if name else format_seconds(t)) for t in at])
 
 
 def round_step(rough: float) -> float:
@@ -75,31 +99,48 @@ def round_step(rough: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
 
 
+def format_step(step: float) -> str:
+    return f"{step:,.10g}"
+
+
+def format_tick(value: float) -> str:
+    return f"{value:.6g}"
+
+
 def line_chart(
     key: str,
     chart: Chart,
     y_text: Callable[[float], str],
     *,
-    x_text: Callable[[float], str] = lambda x: f"{x:,.10g}",
-    x_range: tuple[float, float] | None = None,
+    seconds: float | None = None,
     marks: Sequence[Mark] = (),
     faint: Sequence[Line] = (),
-    table: Markup | None = None,
-    may_log: bool = False,
+    noisy: bool = False,
 ) -> Markup:
-    """``faint``: lines behind, of what no longer counts. ``table``: what stands behind the chart instead of its points."""
+    """``seconds``: x is time, from 0 to these. ``faint``: lines behind, of what no longer counts.
+
+    ``noisy``: long lines get one of means, the axis may be logarithmic, and what is not finite is marked and counted
+    (elsewhere it is a gap).
+    """
+    chart = replace(chart, lines=[_within(line) for line in chart.lines])
+    faint = [_within(line) for line in faint]
     every = [*chart.lines, *faint]
     xs = [x for line in every for x in line.xs]
-    x_axis = make_axis(x_range or xs, x_text, from_zero=False)
-    y_axis = make_axis((y for line in every for y in line.ys), y_text, from_zero=chart.from_zero, may_log=may_log)
+    x_text = format_step if seconds is None else format_seconds
+    x_axis = make_axis(xs, x_text) if seconds is None else time_axis(seconds)
+    tick_text = format_tick if y_text is format_metric else y_text
+    y_axis = make_axis(
+        (y for line in every for y in line.ys), tick_text, from_zero=chart.from_zero, may_log=noisy, rounded=True
+    )
     drawn = [Markup('<g class="undone">{}</g>').format(_path(line, x_axis, y_axis, "")) for line in faint]
     bad: list[float] = []
     for number, line in enumerate(chart.lines):
         colour = f"c{number % NUM_COLOURS}" + (" second" if number >= NUM_COLOURS else "")
-        bad += [x for x, y in zip(line.xs, line.ys) if not math.isfinite(y)]
+        if noisy:
+            bad += [x for x, y in zip(line.xs, line.ys) if not math.isfinite(y)]
         if line.dots:
             drawn.append(_dots(line, x_axis, y_axis, colour))
-        elif len(line.xs) > SMOOTH_FROM:
+        elif noisy and len(line.xs) > SMOOTH_FROM:
             drawn.append(_path(line, x_axis, y_axis, f"{colour} raw"))
             xs_mean, ys_mean = means(list(line.xs), list(line.ys), SMOOTH_FROM // 2)
             drawn.append(_path(Line(line.label, xs_mean, ys_mean), x_axis, y_axis, colour))
@@ -122,7 +163,7 @@ def line_chart(
         legend if len(legend) > 1 or legend[0][1] else [],
         chart.x_label,
         marks,
-        table if table is not None else _points_table(chart, y_text, x_text),
+        _points_table(chart, y_text, x_text),
     )
 
 
@@ -131,13 +172,11 @@ def area_chart(
     title: str,
     parts: Mapping[str, Sequence[float]],
     seconds: float,
-    *,
-    x_text: Callable[[float], str],
     marks: Sequence[Mark] = (),
 ) -> Markup:
     """Shares of time, stacked: ``parts`` by name, each a share (0..1) for each of equal stretches of 0..seconds."""
     num = len(next(iter(parts.values())))
-    x_axis = make_axis([0.0, seconds], x_text, from_zero=False)
+    x_axis = time_axis(seconds)
     y_axis = make_axis([0.0, 1.0], lambda y: f"{100 * y:.0f} %", from_zero=True)
     base = [0.0] * num
     drawn: list[Markup] = []
@@ -150,7 +189,7 @@ def area_chart(
         )
         drawn.append(Markup('<path class="area {}" d="M0 {} {}{}Z"/>').format(name, f"{_y(base[0]):.1f}", steps, back))
         base = top
-    described = f"Of each moment of {x_text(seconds)}: " + ", ".join(
+    described = f"Mean over {format_seconds(seconds)}: " + ", ".join(
         f"{name} {100 * sum(shares) / num:.0f} %" for name, shares in parts.items()
     )
     return _figure(key, title, described, x_axis, y_axis, drawn, [], "", marks, None, small=True)
@@ -199,10 +238,16 @@ def _cell(value: object) -> Markup:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Markup('<td class="n">{}</td>').format(f"{value:,}" if isinstance(value, int) else f"{value:,.6g}")
     numeric = isinstance(value, str) and value[:1].isdigit() and len(value) < 14
-    return Markup("<td{}>{}</td>").format(Markup(' class="n"') if numeric else "", value)
+    length = len(value.striptags() if isinstance(value, Markup) else str(value))
+    kind = "n" if numeric else "long" if length > LONG_TEXT else "short"
+    return Markup('<td class="{}">{}</td>').format(kind, value)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _within(line: Line) -> Line:
+    return replace(line, ys=[y if abs(y) < LIMIT else math.nan for y in line.ys])
 
 
 def _y(share: float) -> float:
@@ -351,6 +396,3 @@ def _points_table(
     return html_table(
         columns, [row if len(row) == len(columns) else (*row, row[2], row[2]) for row in out], chart.title
     )
-
-
-__all__ = ["GLYPHS", "area_chart", "escape", "html_table", "line_chart", "share_bars", "share_legend"]

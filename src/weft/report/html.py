@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,7 +194,7 @@ class Page:
         charts = []
         if lines:
             chart = Chart("Loss", "step", lines)
-            charts.append(line_chart("loss", chart, format_metric, faint=faint, may_log=True))
+            charts.append(line_chart("loss", chart, format_metric, faint=faint, noisy=True))
         for number, (name, stretch) in enumerate(h.evals.items()):
             if name != "loss" and stretch.steps:
                 line = Line("held-out", stretch.steps, stretch.values, dots=True)
@@ -224,12 +224,12 @@ class Page:
             if len(areas) < MAX_AREAS:
                 parts = self._shares_over_time(member)
                 key = f"time-{who[0]}-{who[1]}"
-                areas.append(area_chart(key, _name(who), parts, self._span, x_text=format_seconds, marks=self._loud))
+                areas.append(area_chart(key, _name(who), parts, self._span, self._loud))
         left_out = len(bars) - len(areas)
         return (
             Markup(
                 "<p>Compute is forward, backward and the optimizer; communication is moving and adding up; waiting is for "
-                "others to come to an exchange: who waits least is who the others wait for. Other is starting, evaluating and saving.</p>"
+                "others to come to an exchange: who waits least is who the others wait for. Other is starting, evaluating and saving: over time, what is left blank.</p>"
             )
             + share_legend(names)
             + share_bars(bars)
@@ -266,18 +266,8 @@ class Page:
         members = {w: m for w, m in self.members.items() if m.ticks}
         if not any(m.num_bytes for m in members.values()):
             return _note("Nothing travelled between members.")
-        width = self._span / self.stretches
-        middles = [(b + 0.5) * width for b in range(self.stretches)]
         lines = [
-            Line(
-                _name(w),
-                middles,
-                [
-                    n / width
-                    for n in spread(((t.begin, t.end, t.num_bytes) for t in m.ticks), self._span, self.stretches)
-                ],
-            )
-            for w, m in members.items()
+            Line(_name(who), *self._rate((t.begin, t.end, t.num_bytes) for t in m.ticks)) for who, m in members.items()
         ]
         chart = Chart("Bytes sent per second", "", _few(lines), from_zero=True)
         rows: list[tuple[object, ...]] = [
@@ -303,7 +293,7 @@ class Page:
                 ],
                 "Bytes by link",
             )
-        return self._over_time("traffic", chart, lambda v: f"{format_bytes(v)}/s", by_member) + links + by_member
+        return self._over_time("traffic", chart, lambda v: f"{format_bytes(v)}/s") + links + by_member
 
     def _usage(self) -> Markup:
         """Ranks that are threads of one process are one line."""
@@ -339,14 +329,9 @@ class Page:
             ("gpu_bytes", "GPU memory held", format_bytes),
             ("gpu_percent", "GPU busy (the whole device)", lambda v: f"{v:.0f} %"),
         ):
-            lines = []
-            for label, samples in labelled:
-                # the first sample of a process has no time behind it
-                told = [(t, float(v[key])) for t, v in (samples[1:] if key == "cpu_percent" else samples) if key in v]
-                if told:
-                    lines.append(Line(label, [t for t, _ in told], [v for _, v in told], dots=len(told) < 3))
+            lines = [line for label, samples in labelled if (line := _usage_line(label, samples, key)).xs]
             if lines:
-                charts.append(self._over_time(key, Chart(title, "", _few(lines), from_zero=True), text, table))
+                charts.append(self._over_time(key, Chart(title, "", _few(lines), from_zero=True), text))
         return Markup("").join(charts) + table
 
     def _events(self) -> Markup:
@@ -455,10 +440,15 @@ class Page:
     def _loud(self) -> list[Mark]:
         return [m for m in self.history.marks if m.kind in GLYPHS and m.kind != "finished"]
 
-    def _over_time(self, key: str, chart: Chart, text: Callable[[float], str], table: Markup) -> Markup:
-        return line_chart(
-            key, chart, text, x_text=format_seconds, x_range=(0.0, self._span), marks=self._loud, table=table
-        )
+    def _rate(self, amounts: Iterable[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+        """Amount per second in each stretch of time, as a line with a level for each."""
+        width = self._span / self.stretches
+        levels = [n / width for n in spread(amounts, self._span, self.stretches)]
+        xs = [b * width for b in range(self.stretches + 1)]
+        return [x for b in range(self.stretches) for x in xs[b : b + 2]], [n for n in levels for _ in (0, 1)]
+
+    def _over_time(self, key: str, chart: Chart, text: Callable[[float], str]) -> Markup:
+        return line_chart(key, chart, text, seconds=self._span, marks=self._loud)
 
     def _mark_legend(self) -> Markup:
         kinds = [kind for kind in GLYPHS if any(m.kind == kind for m in self._loud)]
@@ -474,6 +464,23 @@ def render_section(section: Section, key: str) -> Markup:
     for table in section.tables:
         body += html_table(table.columns, table.rows)
     return body
+
+
+def _usage_line(label: str, samples: Sequence[tuple[float, dict[str, Any]]], key: str) -> Line:
+    """A gap where another process took over; the first sample of each has no time behind it to be busy in."""
+    xs: list[float] = []
+    ys: list[float] = []
+    pid = None
+    for time, values in samples:
+        new, pid = values["pid"] != pid, values["pid"]
+        if new and xs:
+            xs.append(time)
+            ys.append(math.nan)
+        if key not in values or (new and key == "cpu_percent"):
+            continue
+        xs.append(time)
+        ys.append(float(values[key]))
+    return Line(label, xs, ys, dots=len(xs) < 3)
 
 
 def _few(lines: list[Line]) -> list[Line]:
