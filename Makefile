@@ -31,6 +31,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/step.py --save
+	$(BIN)/python bench/reporting.py --save
 
 # Runs (runs/) are the user's: they stay.
 clean:
