@@ -79,6 +79,12 @@ SaveEvery = Annotated[
 EvalEvery = Annotated[int, typer.Option(help="steps between evaluations on held-out data (0: only at the end)")]
 Keep = Annotated[int, typer.Option(help="how many checkpoints are kept")]
 Restarts = Annotated[int, typer.Option(help="how often the run may come back by itself after a failure")]
+Trace = Annotated[bool, typer.Option("--trace", help="record what each member does when: trace.json, for Perfetto")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard events into the run folder")]
+MetricsPort = Annotated[
+    int,
+    typer.Option(help="serve Prometheus metrics on this port of the loopback address (0: any free; -1: none)"),
+]
 RunDir = Annotated[Path | None, typer.Option(help="folder of the run [default: a new one in runs/]")]
 Cluster = Annotated[str, typer.Option(help="where it runs: local (processes) or inprocess (threads)")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")]
@@ -111,6 +117,9 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         eval_every: EvalEvery = 0,
         keep: Keep = 3,
         restarts: Restarts = 0,
+        trace: Trace = False,
+        tensorboard: TensorBoard = False,
+        metrics_port: MetricsPort = -1,
         run_dir: RunDir = None,
         cluster: Cluster = "local",
         json_: Json = False,
@@ -129,21 +138,8 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 
 #: Of the arguments of a training command, those that are fields of Config by the same name.
 SETTINGS = (
-    *(
-        "workers",
-        "steps",
-        "epochs",
-        "batch",
-        "seed",
-        "dtype",
-        "device",
-        "partition",
-        "balance",
-        "link",
-        "port",
-        "threads",
-    ),
-    *("deadline_s", "save_every", "eval_every", "keep", "restarts"),
+    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "balance", "link", "port"),
+    *("threads", "deadline_s", "save_every", "eval_every", "keep", "restarts", "trace", "tensorboard", "metrics_port"),
 )
 
 
@@ -184,6 +180,11 @@ def resume(
     keep: Annotated[int | None, typer.Option(help="how many checkpoints are kept")] = None,
     restarts: Annotated[int | None, typer.Option(help="how often the run may come back by itself")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds that a worker waits for another")] = None,
+    trace: Annotated[bool | None, typer.Option(help="record what each member does when")] = None,
+    tensorboard: Annotated[bool | None, typer.Option(help="write TensorBoard events")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="serve Prometheus metrics (0: any free port; -1: none)")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""
@@ -202,6 +203,9 @@ def resume(
             keep=keep,
             restarts=restarts,
             deadline_s=deadline,
+            trace=trace,
+            tensorboard=tensorboard,
+            metrics_port=metrics_port,
             observer=terminal,
             interrupts=driver.Interrupts(lasting=True),
         )
@@ -224,6 +228,35 @@ def diff(
         print(
             f"largest difference {found.max_abs:.3g} (in {found.name}), {found.relative_to_norm:.3g} of the global norm of {run_a}"
         )
+
+
+@app.command()
+def report(
+    run_dir: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write [default: report.html in the run's folder]")
+    ] = None,
+) -> None:
+    """Write a page that explains a run: curves, where time went, what travelled, what happened. It opens offline."""
+    from weft.report.html import write_report
+
+    print(write_report(run_dir, out))
+
+
+@app.command()
+def trace(
+    run_dir: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="the file to write [default: trace.json in the run's folder]")
+    ] = None,
+) -> None:
+    """Join what a traced run has recorded so far; a run does it by itself when it ends, unless its launcher was killed."""
+    from weft.config import SPANS, TRACE, RunFolder
+    from weft.events import read_events
+    from weft.report.trace import merge
+
+    folder = RunFolder.open(run_dir)
+    print(merge(folder.path / SPANS, out or folder.path / TRACE, read_events(folder.events)))
 
 
 @app.command()

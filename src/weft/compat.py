@@ -68,6 +68,10 @@ def check(config: Config) -> None:
             raise Incompatible(
                 f"port={config.port} says where workers listen, and link {config.link!r} has no ports: add --link tcp."
             )
+    if not -1 <= config.metrics_port <= 65535:
+        raise ConfigError(
+            f"metrics_port={config.metrics_port} is not possible: give 1 to 65535, 0 for any free port, -1 for none."
+        )
     if config.link == "nccl" and config.device == "cpu":
         raise Incompatible(
             "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."

@@ -45,6 +45,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     eval_every: int = 0  # 0: only at the end
     keep: int = 3
     restarts: int = 0
+    trace: bool = False  # record spans; trace.json at the end
+    tensorboard: bool = False
+    metrics_port: int = -1  # serve Prometheus metrics on it; 0: any free port, -1: no
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
 
@@ -60,15 +63,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return max(1, round((self.epochs or 1) * self.steps_per_epoch(num_examples)))
 
 
-CONFIG, DATA, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
-    "config.json",
-    "data.json",
-    "result.json",
-    "events.jsonl",
-    "plan.json",
-    "checkpoints",
-    "logs",
-)
+CONFIG, DATA, RESULT, EVENTS, PLAN = "config.json", "data.json", "result.json", "events.jsonl", "plan.json"
+CHECKPOINTS, LOGS, SPANS, TENSORBOARD = "checkpoints", "logs", "spans", "tensorboard"
+TRACE, REPORT = "trace.json", "report.html"
 LOCK = ".lock"
 
 
@@ -155,6 +152,18 @@ class RunFolder:
             return dict(msgspec.json.decode(path.read_bytes()))
         except (msgspec.MsgspecError, TypeError, ValueError) as error:
             raise RunFolderError(f"{str(path)!r} is damaged: {error}. Remove it to resume the run.") from error
+
+    def writer(self) -> int | None:
+        """The process that runs or resumes here now, if one does."""
+        try:
+            with (self.path / LOCK).open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read().strip() or 0)
+        except OSError:  # none was ever made, or it is not ours to read
+            pass
+        return None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

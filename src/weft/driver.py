@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,6 +33,7 @@ from weft.events import Event, EventLog, LossJoiner, read_events
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern
 from weft.plan import MemberPlan, Plan
+from weft.report.observers import Observer, Observers, Silent, exported
 from weft.resilience.policy import Failure, culprit, decide
 
 if TYPE_CHECKING:
@@ -83,32 +84,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     resume_from: str = ""
 
 
-class Observer(Protocol):
-    """What a run tells while it goes; the terminal view is one."""
-
-    def on_plan(self, plan: Plan) -> None: ...
-
-    def on_event(self, event: Event) -> None: ...
-
-    def on_output(self, member: int, text: str) -> None: ...
-
-    def on_idle(self) -> None: ...
-
-
-class Silent:
-    def on_plan(self, plan: Plan) -> None:
-        pass
-
-    def on_event(self, event: Event) -> None:
-        pass
-
-    def on_output(self, member: int, text: str) -> None:
-        pass
-
-    def on_idle(self) -> None:
-        pass
-
-
 def run(
     task: Task | str,
     pattern: Pattern | str = "allreduce",
@@ -133,6 +108,9 @@ def run(
     eval_every: int = 0,
     keep: int = 3,
     restarts: int = 0,
+    trace: bool = False,
+    tensorboard: bool = False,
+    metrics_port: int = -1,
     run_dir: str | Path | None = None,
     faults: Sequence[Fault] = (),
     observer: Observer | None = None,
@@ -142,7 +120,8 @@ def run(
     ``steps`` or ``epochs`` (one of them; default: the task's) count joined batches of ``batch`` examples over all
     workers. ``save_every``: steps between checkpoints (None: a tenth of the run, 0: only at the end). ``deadline_s``
     bounds every wait of one member for another. ``balance="auto"``: each worker's share of a batch follows its measured
-    speed, with the same update. ``faults``: from weft.testing, for trials of recovery.
+    speed, with the same update. ``trace``: record what each member does when, into trace.json; ``tensorboard``: write its
+    events; ``metrics_port``: serve Prometheus (0: any free port, -1: no). ``faults``: from weft.testing, for trials of recovery.
 
     Raises ConfigError, TaskError or DataError before any worker starts; MemberFailed when a member fails and no restart
     is left; Interrupted when the user stopped it (the run can be resumed).
@@ -173,6 +152,9 @@ def run(
         eval_every=eval_every,
         keep=keep,
         restarts=restarts,
+        trace=trace,
+        tensorboard=tensorboard,
+        metrics_port=metrics_port,
         faults=[f.to_dict() for f in faults],
     )
     with open_cluster(config, cluster) as session:
@@ -251,13 +233,13 @@ def start(
     """A new run, from preflight to result."""
     folder = RunFolder.create(Path(run_dir) if run_dir else RUNS / new_name(config))
     try:
-        with folder.locked(), interrupts or Interrupts() as interrupts:
-            prepared = prepare(config, session, observer, folder)
+        with folder.locked(), interrupts or Interrupts() as interrupts, exported(config, folder, observer) as observers:
+            prepared = prepare(config, session, observers, folder)
             folder.write_config(prepared.config)
             folder.write(PLAN, prepared.plan)
             if prepared.facts.indexes:
                 folder.write(DATA, prepared.facts.indexes)
-            return Driver(prepared, folder, session, observer, interrupts).run()
+            return Driver(prepared, folder, session, observers, interrupts).run()
     except BaseException:
         folder.remove_if_unused()
         raise
@@ -277,6 +259,9 @@ def resume(
     eval_every: int | None = None,
     keep: int | None = None,
     restarts: int | None = None,
+    trace: bool | None = None,
+    tensorboard: bool | None = None,
+    metrics_port: int | None = None,
     faults: Sequence[Fault] = (),
     observer: Observer | None = None,
     interrupts: Interrupts | None = None,
@@ -307,6 +292,9 @@ def resume(
         "eval_every": eval_every,
         "keep": keep,
         "restarts": restarts,
+        "trace": trace,
+        "tensorboard": tensorboard,
+        "metrics_port": metrics_port,
         "faults": [f.to_dict() for f in faults],
     }
     config = msgspec.structs.replace(config, **{name: value for name, value in asked.items() if value is not None})
@@ -315,12 +303,17 @@ def resume(
             f"the task of {str(run_dir)!r} was a live object: resume with weft.resume(run_dir, task=...)."
         )
     compat.check(config)
-    with folder.locked(), open_cluster(config) as session, interrupts or Interrupts() as interrupts:
-        found = find_checkpoint(session, folder, observer)
-        prepared = prepare(config, session, observer, folder)
+    with (
+        folder.locked(),
+        exported(config, folder, observer) as observers,
+        open_cluster(config) as session,
+        interrupts or Interrupts() as interrupts,
+    ):
+        found = find_checkpoint(session, folder, observers)
+        prepared = prepare(config, session, observers, folder)
         folder.write_config(prepared.config)
         folder.write(PLAN, prepared.plan)
-        return Driver(prepared, folder, session, observer, interrupts).run(found)
+        return Driver(prepared, folder, session, observers, interrupts).run(found)
 
 
 def explain(config: Config, session: Session, observer: Observer) -> Plan:
@@ -368,6 +361,8 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     total = config.total_steps(facts.train_examples)
     save_every = save_interval(config, total, pattern.period(facts, config))
     plan = make_plan(config, facts, pattern, chosen, total, save_every, why)
+    if isinstance(observer, Observers):
+        plan.choices.update(observer.choices)
     observer.on_plan(plan)
     return Prepared(config, pattern, facts, plan, links, total, save_every)
 

@@ -9,6 +9,8 @@ Kinds and their ``values``:
             Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
   loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
   balance   shares (examples of a joined batch by rank, from the next step on), reason
+  usage     of this member's process, about once a second: pid, cpu_percent (since the one before; 100 is one core),
+            rss_bytes, peak_rss_bytes; with a GPU gpu_bytes, peak_gpu_bytes and, where it can be told, gpu_percent
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step
@@ -22,6 +24,7 @@ Kinds and their ``values``:
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +55,23 @@ class EventLog:
     """Append events to a file, a line each, flushed at once: after a crash all but the last line can be read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        """Of a writer that was killed, or had no room: the next line would join it, and both be lost."""
+        end = self._file.seek(0, os.SEEK_END)
+        start = end
+        while start > 0:
+            begin = max(0, start - (1 << 16))
+            self._file.seek(begin)
+            found = (self._file.read(start - begin) or b"").rfind(b"\n")
+            if found >= 0:
+                start = begin + found + 1
+                break
+            start = begin
+        if start < end:
+            self._file.truncate(start)
 
     def write(self, event: Event) -> None:
         self._file.write(_encoder.encode(event) + b"\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,8 +17,9 @@ import torch
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
 from weft.comm.link import WORLD, Link
+from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
-from weft.config import CHECKPOINTS, DATA, FIRST_PART, Config, part_of
+from weft.config import CHECKPOINTS, DATA, FIRST_PART, SPANS, Config, part_of
 from weft.data.shards import Index
 from weft.driver import Job
 from weft.errors import CheckpointError, RunFolderError
@@ -28,10 +30,13 @@ from weft.patterns.base import Context, Resume, SafePoint
 from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
+from weft.spans import Spans, local_clock
 from weft.task import Defaults
+from weft.usage import Usage
 
 TICK_S = 0.2
 SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "data_s", "bytes_sent", "messages")
+USAGE_S = 1.0
 
 
 def learn_facts(seat: Seat) -> None:
@@ -89,7 +94,7 @@ def work(seat: Seat) -> None:
     task = load_task(config.task)
     pattern = registry.build(config.pattern, config.pattern_options)
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
-    reporter = Reporter(seat, config.workers)
+    reporter = Reporter(seat, Usage(device), config.workers)
     resume: Resume | None = None
     if job.resume_from:
         same = checkpoint.read_manifest(Path(job.resume_from)).world == config.workers
@@ -100,7 +105,13 @@ def work(seat: Seat) -> None:
         reporter.step = found.step
     names = [g.name for g in pattern.groups(job.facts, config.workers) if rank in g.members]
     links = {name: seat.link(name) for name in names}
+    spans: Spans | None = None
     try:
+        if config.trace:
+            clock = measure_clock(links[WORLD], device, local_clock())
+            place = Path(job.run_dir) / SPANS
+            spans = Spans(place, role.name, rank, clock, lambda text: reporter.send("warning", text=text))
+            links = {n: TracedLink(link, spans) for n, link in links.items()}
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
             links = {n: FaultyLink(link, faults, step=lambda: reporter.step + 1) for n, link in links.items()}
@@ -119,10 +130,14 @@ def work(seat: Seat) -> None:
             groups=links,
             stop_requested=seat.stop_requested,
             resume=resume,
+            spans=spans,
         )
-        drive(resolve(role.entry)(context), reporter, job, world)
+        drive(resolve(role.entry)(context), reporter, job, world, spans)
     finally:
         reporter.flush()  # what was done before an error is known, to the step
+        reporter.sample()
+        if spans is not None:
+            spans.close()
         for link in (world, *links.values()):
             link.close()
 
@@ -130,10 +145,10 @@ def work(seat: Seat) -> None:
 class Reporter:
     """Tells the driver what happens, many steps in one message."""
 
-    def __init__(self, seat: Seat, world: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seat, self.clock, self.step = seat, clock, 0
+    def __init__(self, seat: Seat, usage: Usage, world: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seat, self.usage, self.clock, self.step = seat, usage, clock, 0
         self.rank, self.world = seat.spec.member, world
-        self._sent = clock()
+        self._sent = self._sampled = clock()
         self._clear()
 
     def _clear(self) -> None:
@@ -151,6 +166,7 @@ class Reporter:
         self.step = step
         self._clear()
         self.send("started", pid=os.getpid())
+        self.sample()
 
     def add(self, point: SafePoint) -> None:
         r, s = point.report, self._sums
@@ -178,12 +194,19 @@ class Reporter:
             told = {"loss": self._loss} if self._joined else {"own_loss": self._loss, "own_weight": self._weights}
             self.send("ticks", first=self._first, last=self.step, **told, **self._sums)
         self._sent = self.clock()
+        if self._sent - self._sampled >= USAGE_S:
+            self.sample()
         self._clear()
 
+    def sample(self) -> None:
+        self._sampled = self.clock()
+        self.send("usage", **self.usage.sample())
 
-def drive(points: Any, reporter: Reporter, job: Job, link: Link) -> None:
+
+def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | None = None) -> None:
     """At each safe point: evaluate, save or stop, as the run's settings say. All members decide alike."""
     config = job.config
+    span = spans.span if spans is not None else lambda name: contextlib.nullcontext()
     reporter.begin(reporter.step)
     for point in points:
         is_new = point.version > reporter.step
@@ -192,10 +215,12 @@ def drive(points: Any, reporter: Reporter, job: Job, link: Link) -> None:
         done = point.ended or point.stop
         if is_new and (done or (job.save_every and point.version % job.save_every == 0)):
             reporter.flush()
-            save(point, reporter, job, link)
+            with span("save"):
+                save(point, reporter, job, link)
         if point.ended or (config.eval_every and point.version % config.eval_every == 0):
             reporter.flush()
-            metrics = point.evaluate()
+            with span("evaluate"):
+                metrics = point.evaluate()
             if reporter.rank == 0:
                 reporter.send("eval", **metrics)
         if point.stop and not point.ended:

@@ -40,6 +40,9 @@ CHANGES: dict[str, Any] = {
     "eval_every": 2,
     "keep": 1,
     "restarts": 1,
+    "trace": True,
+    "tensorboard": True,
+    "metrics_port": 0,
     "cluster": "local",
     "faults": [kill(rank=1, step=3)],
 }
@@ -85,8 +88,11 @@ def outcome(run_dir: Path, **settings: Any) -> Any:
     plan = msgspec.to_builtins(plans.plan)
     plan.pop("config")  # repeating a setting is not applying it
     parameters = {n: t.tolist() for n, t in final_parameters(run_dir).items()}
-    kinds = [(e.kind, e.member, e.step) for e in read_events(RunFolder(run_dir).events) if e.kind != "ticks"]
-    return plan, parameters, sorted(kinds), len(list((run_dir / "checkpoints").iterdir()))
+    kinds = [
+        (e.kind, e.member, e.step) for e in read_events(RunFolder(run_dir).events) if e.kind not in ("ticks", "usage")
+    ]
+    files = sorted(p.name for p in run_dir.iterdir())
+    return plan, parameters, sorted(kinds), files, len(list((run_dir / "checkpoints").iterdir()))
 
 
 @pytest.fixture(scope="module")

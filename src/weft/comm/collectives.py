@@ -198,7 +198,7 @@ class RingLink(Link):
         self.traffic.bytes_sent += sum(len(view) for views in sends.values() for view in views)
         self._endpoint.wait([*receiving, *sending], call.until, watch=self._others, doing=str(call))
         came = max((r.began for r in receiving), default=begin)
-        self.traffic.wait_s += max(0.0, came - begin)
+        self.traffic.waited(begin, max(begin, came))
 
     @contextmanager
     def _staged(self, buffers: Sequence[torch.Tensor]) -> Iterator[tuple[memoryview, list[Run]]]:

@@ -8,7 +8,7 @@ naming who is missing; a member that is gone raises ``PeerLost``. Results are bi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,13 @@ class Traffic:
     messages: int = 0
     busy_s: float = 0.0  # inside exchanges, waiting left out
     wait_s: float = 0.0  # until the others had come
+    on_wait: Callable[[float, float], None] | None = None  # hears when each wait began and ended
+
+    def waited(self, begin: float, end: float) -> None:
+        """A carrier waited for others; times by time.monotonic or time.perf_counter."""
+        self.wait_s += end - begin
+        if self.on_wait is not None:
+            self.on_wait(begin, end)
 
 
 class Link(ABC):

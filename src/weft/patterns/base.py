@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from weft.comm.link import Link
     from weft.config import Config
     from weft.data.balance import Decision
+    from weft.events import Event
     from weft.patterns.training import Exchange, Replica
+    from weft.sections import Section
+    from weft.spans import Spans
     from weft.task import Task
 
 Tier = Literal["stable", "beta", "contrib"]
@@ -117,6 +120,7 @@ class Context:
     stop_requested: Callable[[], bool]
     groups: Mapping[str, Link] = field(default_factory=dict)  # the smaller groups it stands in, by name
     resume: Resume | None = None
+    spans: Spans | None = None  # of a traced run
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,10 @@ class Pattern(ABC):
     def period(self, facts: Facts, config: Config) -> int:
         """Steps from one moment at which all replicas are equal to the next: saving there costs no exchange."""
         return 1
+
+    def sections(self, events: Iterable[Event]) -> Sequence[Section]:
+        """This pattern's own part of the report of a run that it distributed, from the run's events."""
+        return ()
 
     def replica(self, ctx: Context) -> Replica:
         """The worker's model, for patterns whose workers each hold a whole replica."""

@@ -100,6 +100,7 @@ class Replica:
         self.epoch_ended = False
         self.report = StepReport()
         self.applied_s = 0.0  # what the last ``apply`` took
+        self.spans = ctx.spans
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             state = ctx.resume.parts[FIRST_PART]
@@ -119,6 +120,8 @@ class Replica:
         own way: then it is the mean over this rank's own examples.
         """
         begun = time.perf_counter()
+        if (spans := self.spans) is not None:
+            spans.step = self.step + 1
         draw = self.feed.next()
         self.epoch_ended = draw.last
         if self.averaged_over == 1:
@@ -135,15 +138,21 @@ class Replica:
                 continue
             loading = time.perf_counter()
             batch = self.feed.batch(indices)
-            data_s += time.perf_counter() - loading
+            loaded = time.perf_counter()
+            data_s += loaded - loading
             n = self.task.num_examples(batch)
             with self.precision():
                 loss = self.task.loss(self.model, batch)
             check_loss(loss, self.task)
             share = n / self.joined
+            if spans is not None:
+                spans.add("data", loading, loaded)
+                spans.add("forward", loaded, forwarded := time.perf_counter())
             loss.backward(gradient=None if share == 1.0 else torch.full_like(loss, share))
             loss_sum += loss.item() * n
             weight += n
+            if spans is not None:
+                spans.add("backward", forwarded, time.perf_counter())
         update = self._collect(weight)
         r = self.report
         r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
@@ -183,8 +192,11 @@ class Replica:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        self.applied_s = time.perf_counter() - begun
+        ended = time.perf_counter()
+        self.applied_s = ended - begun
         self.report.compute_s += self.applied_s
+        if self.spans is not None:
+            self.spans.add("optimizer", begun, ended)
 
     @property
     def seconds(self) -> float:

@@ -26,6 +26,9 @@ from weft.report.human import (
     format_metric,
     format_seconds,
     format_share,
+    plan_examples,
+    plan_length,
+    plan_size,
 )
 from weft.report.summary import SHARES, Summary, number
 from weft.report.widgets import SHARE_LOOK, Curve, Facts, Progress, share_bar
@@ -59,22 +62,15 @@ RESULT_KEYS = {
 
 def render_plan(plan: Plan) -> RenderableType:
     """About 20 lines at 80 columns: what runs where, what travels, what it takes."""
-    sizes = f"{format_count(plan.num_parameters)} parameters"
-    if plan.num_trainable != plan.num_parameters:
-        sizes += f" ({format_count(plan.num_trainable)} trained)"
-    length = f"{format_count(plan.steps)} steps of {plan.batch:,} examples"
-    if plan.epochs is not None:
-        length += f" = {format_count(plan.epochs)} epochs"
-    train = "a stream" if plan.train_examples is None else f"{format_count(plan.train_examples)} examples"
     training: list[tuple[str, RenderableType]] = [
-        ("length", length),
+        ("length", plan_length(plan)),
         ("checkpoints", plan.checkpoints),
         *(("auto", Text.assemble((name, "bold"), f" = {why}")) for name, why in plan.choices.items()),
         *(("note", note) for note in plan.notes),
     ]
     return Group(
         _title(plan, _tier(plan.tier)),
-        Text(f"{sizes} · {plan.dtype} · {train} to train on, {format_count(plan.test_examples)} held out"),
+        Text(f"{plan_size(plan)} · {plan.dtype} · {plan_examples(plan)}"),
         Text(),
         Facts(plan.answers.items()),
         Text(),
