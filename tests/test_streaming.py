@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.data.streaming import FORMATS, write_shards
 from tests.laws.reference import Regression
-from tests.streaming_task import Counting, Watched
+from tests.streaming_task import Counting, Shuffled, Watched
 from torch.utils.data import TensorDataset
 
 import weft
@@ -19,7 +19,12 @@ from weft.compare import final_parameters
 from weft.data import Shards
 from weft.errors import ConfigError, DataError, Incompatible, MemberFailed, TaskError
 from weft.events import read_events
+from weft.patterns.batches import Batches
+from weft.patterns.feeds import Streamed
+from weft.patterns.randomness import host_state, seed_everything, set_host_state
 from weft.testing import kill
+
+CPU = torch.device("cpu")
 
 SIZES = [31, 7, 40, 25, 30, 22, 28, 20]  # 203 in all
 STEPS_PER_EPOCH = 21
@@ -29,6 +34,12 @@ TASK = f"{Path(__file__).parent / 'streaming_task.py'}:Watched"
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=":")
+
+
+def seeded(value: int) -> torch.Tensor:
+    """The state of Python's and numpy's generators after such a seed."""
+    seed_everything(value)
+    return host_state()
 
 
 class Notes:
@@ -164,6 +175,20 @@ def test_a_file_that_changes_during_a_run_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(MemberFailed, match=r"DataError: .*s003.npy has changed"):
         weft.run(**job(tmp_path, data), workers=2, observer=Meddle())
+
+
+def test_ranks_that_are_seeded_apart_see_a_shuffled_stream_alike() -> None:
+    """Its order comes from torch's global generator; and the ranks' own generators are left as they were."""
+    feeds = [Streamed(Shuffled(30), 8, rank, 3, 0, Batches(None, Given(None), CPU, torch.float32)) for rank in range(3)]
+    states = [seeded(100 + rank) for rank in range(3)]
+    drawn: list[int] = []
+    for _ in range(8):
+        for rank, feed in enumerate(feeds):
+            set_host_state(states[rank])
+            torch.manual_seed(rank)
+            drawn += feed.batch(feed.next().indices).tolist()
+            assert torch.equal(host_state(), states[rank])
+    assert sorted(drawn) == sorted([*range(30)] * 2)
 
 
 # -- what is evaluated
