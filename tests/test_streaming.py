@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.data.streaming import FORMATS, write_shards
 from tests.laws.reference import Regression
-from tests.streaming_task import Counting, Shuffled, Watched
+from tests.streaming_task import Counting, Shuffled, Stateful, Watched
 from torch.utils.data import TensorDataset
 
 import weft
@@ -189,6 +191,41 @@ def test_ranks_that_are_seeded_apart_see_a_shuffled_stream_alike() -> None:
             drawn += feed.batch(feed.next().indices).tolist()
             assert torch.equal(host_state(), states[rank])
     assert sorted(drawn) == sorted([*range(30)] * 2)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(4, 40),
+    st.integers(1, 12),
+    st.sampled_from([Counting, Shuffled, Stateful]),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=5),
+)
+def test_a_stream_is_drawn_once_an_epoch_over_any_stops_and_resizes(
+    n: int, batch: int, stream: type[Counting], legs: list[tuple[int, int]]
+) -> None:
+    seen: dict[int, list[int]] = {}
+    saved: tuple[Any, Any] | None = None
+    for world, steps in [*legs, (2, n)]:
+        feeds = [
+            Streamed(stream(n), batch, r, world, 0, Batches(None, Given(None), CPU, torch.float32))
+            for r in range(world)
+        ]
+        if saved is not None:
+            for feed in feeds:
+                feed.load_state_dict(json.loads(json.dumps(saved[0])))
+                feed.load_stream_state(saved[1])
+        for _ in range(steps):
+            draws = [feed.next() for feed in feeds]
+            assert len({draw[1:] for draw in draws}) == 1
+            assert sum(len(draw.indices) for draw in draws) == draws[0].total
+            for feed, draw in zip(feeds, draws):
+                if len(draw.indices):
+                    seen.setdefault(draw.epoch, []).extend(int(i) for i in feed.batch(draw.indices))
+            saved = feeds[-1].state_dict(), feeds[-1].stream_state()
+    *whole, last = seen.values()
+    assert sorted(seen) == list(range(len(seen)))
+    assert all(sorted(epoch) == list(range(n)) for epoch in whole)
+    assert len(set(last)) == len(last)
 
 
 # -- what is evaluated
