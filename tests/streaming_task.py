@@ -52,7 +52,7 @@ class Stateful(Counting):
         self.restored = False
         for i in range(begin, self.n):
             self.at = i + 1
-            yield torch.tensor((i * 5 + self.epoch) % self.n)
+            yield torch.tensor((i + 5 * self.epoch) % self.n)
 
     def state_dict(self) -> dict[str, Any]:
         return {"at": self.at, "tensor": torch.tensor([self.at])}

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.data.streaming import FORMATS, write_shards
 from tests.laws.reference import Regression
-from tests.streaming_task import Counting, Watched
+from tests.streaming_task import Counting, Shuffled, Stateful, Watched
 from torch.utils.data import TensorDataset
 
 import weft
@@ -19,7 +21,12 @@ from weft.compare import final_parameters
 from weft.data import Shards
 from weft.errors import ConfigError, DataError, Incompatible, MemberFailed, TaskError
 from weft.events import read_events
+from weft.patterns.batches import Batches
+from weft.patterns.feeds import Streamed
+from weft.patterns.randomness import host_state, seed_everything, set_host_state
 from weft.testing import kill
+
+CPU = torch.device("cpu")
 
 SIZES = [31, 7, 40, 25, 30, 22, 28, 20]  # 203 in all
 STEPS_PER_EPOCH = 21
@@ -29,6 +36,12 @@ TASK = f"{Path(__file__).parent / 'streaming_task.py'}:Watched"
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=":")
+
+
+def seeded(value: int) -> torch.Tensor:
+    """The state of Python's and numpy's generators after such a seed."""
+    seed_everything(value)
+    return host_state()
 
 
 class Notes:
@@ -164,6 +177,55 @@ def test_a_file_that_changes_during_a_run_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(MemberFailed, match=r"DataError: .*s003.npy has changed"):
         weft.run(**job(tmp_path, data), workers=2, observer=Meddle())
+
+
+def test_ranks_that_are_seeded_apart_see_a_shuffled_stream_alike() -> None:
+    """Its order comes from torch's global generator; and the ranks' own generators are left as they were."""
+    feeds = [Streamed(Shuffled(30), 8, rank, 3, 0, Batches(None, Given(None), CPU, torch.float32)) for rank in range(3)]
+    states = [seeded(100 + rank) for rank in range(3)]
+    drawn: list[int] = []
+    for _ in range(8):
+        for rank, feed in enumerate(feeds):
+            set_host_state(states[rank])
+            torch.manual_seed(rank)
+            drawn += feed.batch(feed.next().indices).tolist()
+            assert torch.equal(host_state(), states[rank])
+    assert sorted(drawn) == sorted([*range(30)] * 2)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(4, 40),
+    st.integers(1, 12),
+    st.sampled_from([Counting, Shuffled, Stateful]),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=5),
+)
+def test_a_stream_is_drawn_once_an_epoch_over_any_stops_and_resizes(
+    n: int, batch: int, stream: type[Counting], legs: list[tuple[int, int]]
+) -> None:
+    seen: dict[int, list[int]] = {}
+    saved: tuple[Any, Any] | None = None
+    for world, steps in [*legs, (2, n)]:
+        feeds = [
+            Streamed(stream(n), batch, r, world, 0, Batches(None, Given(None), CPU, torch.float32))
+            for r in range(world)
+        ]
+        if saved is not None:
+            for feed in feeds:
+                feed.load_state_dict(json.loads(json.dumps(saved[0])))
+                feed.load_stream_state(saved[1])
+        for _ in range(steps):
+            draws = [feed.next() for feed in feeds]
+            assert len({draw[1:] for draw in draws}) == 1
+            assert sum(len(draw.indices) for draw in draws) == draws[0].total
+            for feed, draw in zip(feeds, draws):
+                if len(draw.indices):
+                    seen.setdefault(draw.epoch, []).extend(int(i) for i in feed.batch(draw.indices))
+            saved = feeds[-1].state_dict(), feeds[-1].stream_state()
+    *whole, last = seen.values()
+    assert sorted(seen) == list(range(len(seen)))
+    assert all(sorted(epoch) == list(range(n)) for epoch in whole)
+    assert len(set(last)) == len(last)
 
 
 # -- what is evaluated
