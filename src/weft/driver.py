@@ -29,7 +29,7 @@ from weft.config import DATA, PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, Spent, diagnose
 from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
-from weft.events import Event, EventLog, LossJoiner, read_events
+from weft.events import Event, EventLog, LossJoiner, losses_of, read_events
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern
 from weft.plan import MemberPlan, Plan
@@ -534,8 +534,8 @@ class Totals:
         if event.kind == "started" and event.member == 0:
             self._marks = [(event.time, 0.0)]
         values = event.values
-        if event.kind == "loss" or (event.kind == "ticks" and event.member == 0 and "loss" in values):
-            self.losses += [(s, math.nan if v is None else v) for s, v in enumerate(values["loss"], values["first"])]
+        if event.kind == "loss" or event.member == 0:
+            self.losses += losses_of(event)
         if event.kind == "saved":
             self.saving_s += values["seconds"]
         if event.kind != "ticks":

@@ -5,7 +5,7 @@ Kinds and their ``values``:
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
             step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), data_s
-            (this member's seconds), bytes_sent, messages.
+            (this member's seconds), bytes_sent, messages; sent (bytes by group) where it stands in several.
             Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
   loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
   balance   shares (examples of a joined batch by rank, from the next step on), reason
@@ -86,6 +86,13 @@ def read_events(path: Path) -> Iterator[Event]:
         for line in file:
             if line.endswith(b"\n"):
                 yield _decoder.decode(line)
+
+
+def losses_of(event: Event) -> Iterator[tuple[int, float]]:
+    """(step, loss of the joined batch) of every step that this event tells; a step may be told by several members."""
+    if event.kind in ("ticks", "loss"):
+        for step, loss in enumerate(event.values.get("loss", ()), event.values["first"]):
+            yield step, math.nan if loss is None else loss  # JSON has no NaN
 
 
 class LossJoiner:

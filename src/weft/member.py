@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -157,6 +158,7 @@ class Reporter:
         self._weights: list[float] = []
         self._joined = True
         self._sums = dict.fromkeys(SUMS, 0.0)
+        self._sent_over: Counter[str] = Counter()
 
     def send(self, kind: str, **values: Any) -> None:
         event = Event(kind=kind, role=self.seat.spec.role, member=self.rank, step=self.step, values=values)
@@ -184,6 +186,7 @@ class Reporter:
         s["data_s"] += r.data_s
         s["bytes_sent"] += r.bytes_sent
         s["messages"] += r.messages
+        self._sent_over.update(r.sent)
         if r.balance is not None and self.rank == 0:
             self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
         if self.clock() - self._sent >= TICK_S or self.step == 1:
@@ -191,7 +194,11 @@ class Reporter:
 
     def flush(self) -> None:
         if self._loss:
-            told = {"loss": self._loss} if self._joined else {"own_loss": self._loss, "own_weight": self._weights}
+            told: dict[str, Any] = (
+                {"loss": self._loss} if self._joined else {"own_loss": self._loss, "own_weight": self._weights}
+            )
+            if self._sent_over:
+                told["sent"] = dict(self._sent_over)
             self.send("ticks", first=self._first, last=self.step, **told, **self._sums)
         self._sent = self.clock()
         if self._sent - self._sampled >= USAGE_S:

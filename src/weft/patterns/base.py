@@ -150,6 +150,7 @@ class StepReport:
     wait_s: float = 0.0
     skew_s: float = 0.0  # of wait_s: until the slowest rank had computed
     bytes_sent: int = 0  # since the last report
+    sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
     messages: int = 0
     balance: Decision | None = None  # the shares change
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import msgspec
+
 from weft.comm.link import WORLD
 from weft.errors import ConfigError
 from weft.patterns.allreduce import AllReduce
@@ -137,7 +139,7 @@ class LocalSGD(Pattern):
         result: list[LinkPlan] = []
         if self.island > 1:
             inside = self.inner.among(facts, self.island, bytes_for, carrier)
-            result += [inside] if inside else []
+            result += [msgspec.structs.replace(inside, group=ISLAND)] if inside else []
         if config.workers == 1:
             return result
         running = sum(b.nbytes for b in facts.buffers if b.running)

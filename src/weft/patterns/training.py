@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.comm.link import Link
+from weft.comm.link import WORLD, Link
 from weft.config import FIRST_PART, part_of
 from weft.data.balance import Balancer
 from weft.data.keys import key_int
@@ -325,8 +325,9 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
-    traffics = [link.traffic for link in (ctx.link, *ctx.groups.values())]
-    sent = sum(t.bytes_sent for t in traffics)
+    by_group = {name: link.traffic for name, link in {WORLD: ctx.link, **ctx.groups}.items()}
+    traffics = list(by_group.values())
+    sent = [t.bytes_sent for t in traffics]
     while replica.step < ctx.total_steps:
         busy_s, wait_s = sum(t.busy_s for t in traffics), sum(t.wait_s for t in traffics)
         messages = sum(t.messages for t in traffics)
@@ -338,8 +339,10 @@ def train(ctx: Context) -> Iterator[SafePoint]:
             exchange.flush()
         report.exchange_s = sum(t.busy_s for t in traffics) - busy_s
         report.wait_s = sum(t.wait_s for t in traffics) - wait_s
-        before, sent = sent, sum(t.bytes_sent for t in traffics)
-        report.bytes_sent = sent - before
+        before, sent = sent, [t.bytes_sent for t in traffics]
+        report.bytes_sent = sum(sent) - sum(before)
+        if ctx.groups:
+            report.sent = {name: now - then for name, now, then in zip(by_group, sent, before, strict=True)}
         report.skew_s = min(report.skew_s, report.wait_s)
         report.messages = sum(t.messages for t in traffics) - messages
         yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)

@@ -21,6 +21,7 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     carrier: str
     bytes_per_step: int  # sent by one member
     what: str  # "gradients (float32)"
+    group: str = "world"  # whose link it is
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from weft.events import Event
+from weft.events import Event, losses_of
 from weft.report.human import format_bytes, format_members, format_metric, format_seconds
 from weft.report.summary import SHARES, number
 
@@ -33,6 +33,7 @@ class Tick:
 class Member:
     ticks: list[Tick] = field(default_factory=list)
     usage: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    sent: dict[str, float] = field(default_factory=dict)  # bytes by group, where it stands in several
     marked: float = 0.0  # until when its time is told
 
     def total(self, share: str) -> float:
@@ -109,6 +110,11 @@ class History:
         now = event.time - self.started_at - self._paused
         self.seconds = max(self.seconds, now)
         values = event.values
+        for step, loss in losses_of(event):
+            if step > self._loss_step:  # all ranks tell the same
+                self.loss.steps.append(step)
+                self.loss.values.append(loss)
+                self._loss_step = step
         match event.kind:
             case "started":
                 self._member(event).marked = now
@@ -152,12 +158,9 @@ class History:
         begin = min(now, max(member.marked, now - sum(seconds.values())))  # what lies before was evaluating or saving
         steps = values["last"] - values["first"] + 1
         member.ticks.append(Tick(begin, now, seconds, values.get("bytes_sent") or 0, steps))
+        for group, num_bytes in values.get("sent", {}).items():
+            member.sent[group] = member.sent.get(group, 0) + num_bytes
         member.marked = now
-        for step, loss in enumerate(values.get("loss", ()), values["first"]):
-            if step > self._loss_step:  # all ranks tell the same
-                self.loss.steps.append(step)
-                self.loss.values.append(number(loss))
-                self._loss_step = step
 
     def _go_to(self, step: int) -> None:
         if (undone := self.loss.cut(step)).steps:

@@ -281,17 +281,17 @@ class Page:
         by_member = html_table(["member", "sent", "a step", "steps done"], rows, "Bytes by member")
         links = Markup("")
         if self.plan and self.plan.links:
-            measured = sorted(m.num_bytes / max(1, m.steps) for m in members.values())
-            span = (
-                format_bytes(measured[0])
-                if measured[0] == measured[-1]
-                else f"{format_bytes(measured[0])} to {format_bytes(measured[-1])}"
-            )
             alone = len(self.plan.links) == 1
             links = html_table(
                 ["link", "carrier", "what", "planned: a step from each", "measured"],
                 [
-                    (k.members, k.carrier, k.what, format_bytes(k.bytes_per_step), span if alone else "see by member")
+                    (
+                        k.members,
+                        k.carrier,
+                        k.what,
+                        format_bytes(k.bytes_per_step),
+                        _span([(m.num_bytes if alone else m.sent.get(k.group, 0)) / m.steps for m in members.values()]),
+                    )
                     for k in self.plan.links
                 ],
                 "Bytes by link",
@@ -508,6 +508,11 @@ def _few(lines: list[Line]) -> list[Line]:
 
 def _name(who: Who) -> str:
     return format_members(who[0], [who[1]])
+
+
+def _span(bytes_per_step: Sequence[float]) -> str:
+    least, most = format_bytes(min(bytes_per_step)), format_bytes(max(bytes_per_step))
+    return least if least == most else f"{least} to {most}"
 
 
 def _peak(member: Member, key: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.errors import AddressInUse, ConfigError
-from weft.events import Event
+from weft.events import Event, losses_of
 from weft.plan import Plan
 from weft.report.summary import SHARES, number
 
@@ -54,6 +54,8 @@ class MetricsServer:
     def on_event(self, event: Event) -> None:
         values, who = event.values, (event.role, str(event.member))
         self._events.labels(event.kind).inc()
+        for _, loss in losses_of(event):
+            self._loss.set(loss)
         match event.kind:
             case "ticks":
                 self._on_ticks(event, who)
@@ -79,8 +81,6 @@ class MetricsServer:
         if self._first == (event.role, event.member):
             self._examples.inc(values.get("examples", 0))
             self._step.set(values["last"])
-            if values.get("loss"):
-                self._loss.set(number(values["loss"][-1]))
 
     def close(self) -> None:
         self._server.shutdown()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from weft.events import Event
+from weft.events import Event, losses_of
 
 #: What a member's time goes into, and the key of its seconds in a "ticks" event.
 SHARES = {"compute": "compute_s", "communication": "exchange_s", "waiting": "wait_s", "data": "data_s"}
@@ -111,13 +111,15 @@ class Summary:
 
     def add(self, event: Event) -> None:
         values = event.values
+        for step, loss in losses_of(event):
+            if step > self._loss_step:
+                self._add_loss(loss)
+                self._loss_step = step
         match event.kind:
             case "started":
                 self.started.add((event.role, event.member))
             case "ticks":
                 self._add_ticks(event)
-            case "loss":
-                self._add_losses(values["last"], values["loss"])
             case "eval":
                 self.evals.append((event.step, {name: number(value) for name, value in values.items()}))
             case "saved":
@@ -153,17 +155,10 @@ class Summary:
         if last > self.step:
             self.step = last
             self._marks.append((event.time, last))
-        self._add_losses(last, values.get("loss", ()))
 
-    def _add_losses(self, last: int, losses: Sequence[float | None]) -> None:
-        if losses and last > self._loss_step:
-            for loss in losses[-(last - self._loss_step) :]:
-                self._add_loss(loss)
-            self._loss_step = last
-
-    def _add_loss(self, loss: float | None) -> None:
-        self._last_loss = number(loss)
-        self.curve.add(self._last_loss)
+    def _add_loss(self, loss: float) -> None:
+        self._last_loss = loss
+        self.curve.add(loss)
         if math.isfinite(self._last_loss):
             self._smooth_sum = SMOOTHING * self._smooth_sum + (1 - SMOOTHING) * self._last_loss
             self._smooth_weight = SMOOTHING * self._smooth_weight + (1 - SMOOTHING)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weft.errors import ConfigError
-from weft.events import Event
+from weft.events import Event, losses_of
 from weft.plan import Plan
 from weft.report.summary import SHARES, number
 
@@ -41,13 +41,12 @@ class TensorBoardWriter:
 
     def on_event(self, event: Event) -> None:
         values, who = event.values, f"{event.role}-{event.member}"
+        for step, loss in losses_of(event):
+            if step > self._step:  # all ranks tell the same
+                self._step = step
+                self._write(event, {"train/loss": loss}, step)
         match event.kind:
             case "ticks":
-                losses = values.get("loss", ())
-                for step, loss in enumerate(losses, values["last"] - len(losses) + 1):
-                    if step > self._step:  # all ranks tell the same
-                        self._step = step
-                        self._write(event, {"train/loss": number(loss)}, step)
                 parts = {f"time/{name}/{who}": values.get(key, 0.0) for name, key in SHARES.items()}
                 self._write(event, parts | {f"bytes_sent/{who}": values.get("bytes_sent", 0.0)})
             case "usage":
