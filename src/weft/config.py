@@ -44,6 +44,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     eval_every: int = 0  # 0: only at the end
     keep: int = 3
     restarts: int = 0
+    insecure: bool = False
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
 
@@ -78,6 +79,10 @@ class RunFolder:
                 f"{str(path)!r} is not the folder of a run: it {what}. Runs write theirs to runs/ by default."
             )
         return folder
+
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        return (path / CONFIG).is_file()
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

@@ -65,7 +65,7 @@ class Transport:
             except BaseException:
                 self.close()
                 raise
-        elif spec.carrier in ("gloo", "nccl"):
+        elif spec.carrier in ("gloo", "nccl") and spec.store is None:
             self.store = os.path.join(tempfile.mkdtemp(prefix="weft-store-"), "store")
 
     def link(self, rank: int) -> Link:
@@ -88,10 +88,12 @@ class Transport:
             from weft.comm.link import SoloLink
 
             return SoloLink()
-        from weft.comm.torchdist import TorchDistLink
+        from weft.comm.torchdist import TorchDistLink, connect_store
 
         backend: Literal["gloo", "nccl"] = "nccl" if spec.carrier == "nccl" else "gloo"
-        return TorchDistLink(rank, spec.world, backend=backend, store=self.store, deadline_s=spec.deadline_s)
+        s = spec.store
+        store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s) if s else self.store
+        return TorchDistLink(rank, spec.world, backend=backend, store=store, deadline_s=spec.deadline_s, host=spec.host)
 
     def mark_dead(self, rank: int) -> None:
         if self.region is not None and 0 <= rank < self.spec.world:
@@ -188,7 +190,7 @@ class Zygote:
             self.transport = None
         try:
             if command["link"] is not None:
-                self.transport = Transport(LinkSpec(**command["link"]))
+                self.transport = Transport(msgspec.convert(command["link"], LinkSpec))
         except Exception as error:
             self.launcher.send({"event": "refused", "error": to_wire(error, traceback.format_exc())})
             return
