@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-import os
 import secrets
 import signal
 import threading
@@ -321,7 +320,7 @@ def resume(
         here = "auto"  # where we are now, not where it began
     place = pick_cluster(here)
     if (result := folder.result()) is not None:
-        if under_torchrun() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        if place.restart:  # by torchrun, after all was done
             return RunResult.from_json(result)
         raise RunFolderError(
             f"the run in {str(run_dir)!r} has finished (step {result['steps']}): there is nothing to resume. Start a new run."

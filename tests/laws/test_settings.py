@@ -39,6 +39,7 @@ CHANGES: dict[str, Any] = {
     "eval_every": 2,
     "keep": 1,
     "restarts": 1,
+    "insecure": True,
     "cluster": "local",
     "faults": [kill(rank=1, step=3)],
 }

@@ -156,6 +156,7 @@ class Session(ABC):
 
 class Cluster(ABC):
     name: str
+    restart: int = 0  # how often an outer launcher has restarted this process
 
     def world(self, workers: int | None) -> int:
         """How many workers, where the user asked for ``workers``. ConfigError if there cannot be that many."""

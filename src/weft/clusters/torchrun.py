@@ -210,7 +210,7 @@ class Leader(TorchrunSession):
         until = time.monotonic() + deadline_s
         with listen(self.host, insecure=insecure) as listener:
             answer = secrets.token_hex(16)
-            where = {"host": self.host, "port": listener.getsockname()[1], "token": self._token, "answer": answer}
+            where = Where(self.host, listener.getsockname()[1], self._token, answer)
             self._publish(msgspec.json.encode(where).decode(), deadline_s)
             requests = self._gather(listener, answer, until, deadline_s)
         if words := differences(request, requests):
@@ -355,7 +355,16 @@ class Leader(TorchrunSession):
             pipe.send(command)
 
 
-class Hello(msgspec.Struct, forbid_unknown_fields=True):
+class Where(msgspec.Struct, frozen=True):
+    """What the store tells: rank 0's address, and the secrets by which the two sides know each other."""
+
+    host: str
+    port: int
+    token: str
+    answer: str
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first message of a follower."""
 
     token: str
@@ -387,12 +396,15 @@ class Follower(TorchrunSession):
         ended = ask(f"{__name__}:look_up", self.place.store(left))
         if ended.failed:
             raise _unreachable(ended, self.place)
-        where = msgspec.json.decode(ask.reply["where"])
-        pipe = Pipe(_ready(socket.create_connection((where["host"], where["port"]), timeout=HELLO_S), deadline_s))
+        where = msgspec.json.decode(ask.reply["where"], type=Where)
+        if _is_loopback(self.host) and not _is_loopback(where.host):
+            raise Closed(f"the store names {where.host}, and this run stays on the loopback address")
+        pipe = Pipe(_ready(socket.create_connection((where.host, where.port), timeout=HELLO_S), deadline_s))
         try:
-            pipe.send({"token": where["token"], "rank": self.place.rank, "request": dict(request)})
-            if not pipe.ready(HELLO_S) or not (said := pipe.read()) or said[0].get("answer") != where["answer"]:
+            pipe.send(msgspec.to_builtins(Hello(where.token, self.place.rank, dict(request))))
+            if not pipe.ready(HELLO_S) or not (said := pipe.read()) or said[0] != {"answer": where.answer}:
                 raise Closed("who listens there is not rank 0")
+            self._early = said[1:]
             return pipe
         except BaseException:
             pipe.close()
@@ -400,7 +412,12 @@ class Follower(TorchrunSession):
 
     def follow(self, task: dict[str, Any], stop_asked: Callable[[], bool]) -> dict[str, Any]:
         told = False
+        commands = self._early  # came with the answer
         while True:
+            for command in commands:
+                if command["do"] == "end":
+                    return _outcome(command["outcome"])
+                self._obey(command, task)
             ready = select.select([self._pipe, self._leader], [], [], WAKE_S)[0]
             try:
                 if stop_asked() and not told:
@@ -409,11 +426,7 @@ class Follower(TorchrunSession):
                 if self._pipe in ready:
                     for message in self._heard():
                         self._leader.send(message)
-                if self._leader in ready:
-                    for command in self._leader.read():
-                        if command["do"] == "end":
-                            return _outcome(command["outcome"])
-                        self._obey(command, task)
+                commands = self._leader.read() if self._leader in ready else []
             except Closed as error:
                 raise MemberFailed(
                     f"rank 0's process, which drives the run, is gone: rank {self.place.rank} ends", member=0
@@ -431,8 +444,8 @@ class Follower(TorchrunSession):
             command["link"]["host"] = self.host
             for member in command["members"]:
                 member["payload"]["config"]["task"] = task
-        elif command["do"] != "signal":
-            raise Closed(f"unknown command {command['do']!r}")
+        else:
+            assert command["do"] == "signal", command["do"]
         self._send(command)
 
     def close(self) -> None:
@@ -505,6 +518,7 @@ class Torchrun(Cluster):
 
     def __init__(self) -> None:
         self.place = Place.read(os.environ)
+        self.restart = self.place.restart
 
     def world(self, workers: int | None) -> int:
         if workers not in (None, self.place.world):
