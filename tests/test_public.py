@@ -25,7 +25,7 @@ def test_run_stays_a_function() -> None:
 
 def test_importing_and_help_do_not_import_torch() -> None:
     code = (
-        "import sys, weft, weft.cli, weft.driver, weft.compat, weft.patterns.registry, weft.clusters.local, weft.report.terminal\n"
+        "import sys, weft, weft.cli, weft.driver, weft.compat, weft.patterns.registry, weft.clusters.local, weft.clusters.torchrun, weft.report.terminal\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
         "assert 'sklearn' not in sys.modules"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.clusters.inprocess import InProcess as InProcess
     from weft.clusters.local import Local as Local
+    from weft.clusters.torchrun import Torchrun as Torchrun
     from weft.driver import RunResult as RunResult
     from weft.driver import resume as resume
     from weft.driver import run as run
@@ -38,6 +39,7 @@ _HOMES = {
     "RunResult": "weft.driver",
     "Task": "weft.task",
     "TaskError": "weft.errors",
+    "Torchrun": "weft.clusters.torchrun",
     "WeftError": "weft.errors",
     "resume": "weft.driver",
     "run": "weft.driver",

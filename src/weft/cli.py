@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from weft.errors import CheckpointError, ConfigError, WeftError
 if TYPE_CHECKING:
     from weft.clusters.base import Session
     from weft.config import Config
+
+FIRST_WORD_S = 2.0  # rank 0's, before another rank tells of an error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +50,10 @@ PatternSettings = Annotated[
         "-o", help="an option of the pattern, key=value; may be given again", default_factory=list, show_default=False
     ),
 ]
-Workers = Annotated[int, typer.Option("--workers", "-w", help="how many workers")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", "-w", help="how many workers [default: 1, or as many as torchrun started]"),
+]
 Steps = Annotated[int | None, typer.Option(help="length in joined batches")]
 Epochs = Annotated[float | None, typer.Option(help="length in passes over the training set (instead of --steps)")]
 Batch = Annotated[int | None, typer.Option(help="the joined batch of all workers [default: the task's]")]
@@ -86,7 +93,15 @@ MetricsPort = Annotated[
     typer.Option(help="serve Prometheus metrics on this port of the loopback address (0: any free; -1: none)"),
 ]
 RunDir = Annotated[Path | None, typer.Option(help="folder of the run [default: a new one in runs/]")]
-Cluster = Annotated[str, typer.Option(help="where it runs: local (processes) or inprocess (threads)")]
+Cluster = Annotated[
+    str,
+    typer.Option(
+        help="where it runs: local (processes), inprocess (threads), torchrun (the processes it started), or auto: torchrun if it started us, else local"
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="under torchrun: let several hosts talk unencrypted and unauthenticated")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")]
 RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
 
@@ -100,7 +115,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         o: PatternSettings,
         pattern: PatternOption = "allreduce",
         data: Data = None,
-        workers: Workers = 1,
+        workers: Workers = None,
         steps: Steps = None,
         epochs: Epochs = None,
         batch: Batch = None,
@@ -120,16 +135,19 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         trace: Trace = False,
         tensorboard: TensorBoard = False,
         metrics_port: MetricsPort = -1,
+        insecure: Insecure = False,
         run_dir: RunDir = None,
-        cluster: Cluster = "local",
+        cluster: Cluster = "auto",
         json_: Json = False,
     ) -> None:
+        from weft.clusters import follows
+
         request = locals().copy()
         settings = {name: request[name] for name in SETTINGS}
         if data is not None:
             t = [*t, f"data={os.path.abspath(data)}"]  # a resume may start elsewhere
         session, config = _open(task, t, pattern, o, cluster, settings)
-        with session, _terminal(json_) as terminal:
+        with session, _terminal(json_, follows(config.cluster)) as terminal:
             act(config, session, terminal, run_dir)
 
     command.__doc__ = act.__doc__
@@ -139,7 +157,18 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 #: Of the arguments of a training command, those that are fields of Config by the same name.
 SETTINGS = (
     *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "balance", "link", "port"),
-    *("threads", "deadline_s", "save_every", "eval_every", "keep", "restarts", "trace", "tensorboard", "metrics_port"),
+    *(
+        "threads",
+        "deadline_s",
+        "save_every",
+        "eval_every",
+        "keep",
+        "restarts",
+        "trace",
+        "tensorboard",
+        "metrics_port",
+        "insecure",
+    ),
 )
 
 
@@ -160,7 +189,7 @@ def _explain(config: Config, session: Session, terminal: _Terminal, run_dir: Pat
     if terminal.as_json:
         import msgspec
 
-        _print_json(msgspec.to_builtins(plan))
+        terminal.print_json(msgspec.to_builtins(plan))
 
 
 app.command("run")(_training_command(_run))
@@ -185,12 +214,14 @@ def resume(
     metrics_port: Annotated[
         int | None, typer.Option(help="serve Prometheus metrics (0: any free port; -1: none)")
     ] = None,
+    insecure: Insecure = False,
     json_: Json = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""
     from weft import driver
+    from weft.clusters import follows, under_torchrun
 
-    with _terminal(json_) as terminal:
+    with _terminal(json_, under_torchrun() and follows("torchrun")) as terminal:
         result = driver.resume(
             run_dir,
             workers=workers,
@@ -206,6 +237,7 @@ def resume(
             trace=trace,
             tensorboard=tensorboard,
             metrics_port=metrics_port,
+            insecure=insecure,
             observer=terminal,
             interrupts=driver.Interrupts(lasting=True),
         )
@@ -339,23 +371,24 @@ def _open(
     """Start the cluster first: it imports torch while we import what we need and read the rest of the request."""
     from weft.clusters import PRELOAD, pick_cluster
 
-    session = pick_cluster(cluster).open(PRELOAD)
+    place = pick_cluster(cluster)
+    session = place.open(PRELOAD)
     try:
         from weft import driver
         from weft.options import parse_assignments
 
         task_options, pattern_options = parse_assignments(t, "task"), parse_assignments(o, "pattern")
-        return session, driver.make_config(task, pattern, cluster, task_options, pattern_options, **settings)
+        return session, driver.make_config(task, pattern, place, task_options, pattern_options, **settings)
     except BaseException:
         session.close()
         raise
 
 
 class _Terminal:
-    """Shows a run on the console: on stderr where stdout is for JSON."""
+    """Shows a run on the console: on stderr where stdout is for JSON. ``quiet``: another process of the run does."""
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
         self.console = Console(stderr=as_json)
         self.view: Any = None
         self.plan: Any = None
@@ -389,11 +422,16 @@ class _Terminal:
     def close_with(self, result: Any) -> None:
         from weft.report.terminal import closing_summary
 
-        summary = self.view.summary
-        self.leave(None)
-        self.console.print(closing_summary(result.as_json(), summary, self.plan))
-        if self.as_json:
-            _print_json(result.as_json())
+        if self.view is not None:
+            summary = self.view.summary
+            self.leave(None)
+            self.console.print(closing_summary(result.as_json(), summary, self.plan))
+        self.print_json(result.as_json())
+
+    def print_json(self, value: dict[str, Any]) -> None:
+        """If it was asked for, and unless another process of the run does."""
+        if self.as_json and not self.quiet:
+            _print_json(value)
 
     def leave(self, error: BaseException | None) -> None:
         if self.view is not None:
@@ -402,8 +440,8 @@ class _Terminal:
 
 
 @contextmanager
-def _terminal(as_json: bool) -> Iterator[_Terminal]:
-    terminal = _Terminal(as_json)
+def _terminal(as_json: bool, quiet: bool) -> Iterator[_Terminal]:
+    terminal = _Terminal(as_json, quiet)
     try:
         yield terminal
     except BaseException as error:
@@ -418,13 +456,27 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(clean, default=str), flush=True)
 
 
+def _tell(error: WeftError) -> None:
+    """Once for a run: the processes of torchrun often meet the same error, and when the first ends, torchrun ends all. Who
+    is still here after a while has something of its own to say."""
+    from weft.clusters import follows
+    from weft.report.terminal import render_error
+
+    console = Console(stderr=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and follows("torchrun"):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(FIRST_WORD_S)
+        console.print(f"rank {os.environ.get('RANK', '?')}: ", end="")
+    console.print(render_error(error), soft_wrap=True)
+
+
 def main() -> None:
     try:
         app()
     except WeftError as error:
-        from weft.report.terminal import render_error
-
-        Console(stderr=True).print(render_error(error), soft_wrap=True)
+        if not error.told:
+            _tell(error)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -78,6 +78,15 @@ def check(config: Config) -> None:
         )
     if config.device == "cuda" and config.link in ("shm", "tcp", "inproc"):
         raise Incompatible(f"link {config.link!r} moves data in main memory, and the device is cuda: use --link nccl.")
+    if config.cluster == "torchrun" and config.restarts:
+        raise Incompatible(
+            f"restarts={config.restarts}: under torchrun it is torchrun that restarts: give it --max-restarts {config.restarts} "
+            "instead, and the run goes on from its newest checkpoint."
+        )
+    if config.insecure and config.cluster != "torchrun":
+        raise Incompatible(
+            f"--insecure lets several hosts talk in the clear, and the cluster {config.cluster!r} stays on this one: leave it out."
+        )
     if config.workers == 1 and config.link != "auto":
         raise Incompatible(
             f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."

@@ -48,6 +48,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trace: bool = False  # record spans; trace.json at the end
     tensorboard: bool = False
     metrics_port: int = -1  # serve Prometheus metrics on it; 0: any free port, -1: no
+    insecure: bool = False
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
 
@@ -95,6 +96,10 @@ class RunFolder:
                 f"{str(path)!r} is not the folder of a run: it {what}. Runs write theirs to runs/ by default."
             )
         return folder
+
+    @staticmethod
+    def holds_run(path: Path) -> bool:
+        return (path / CONFIG).is_file()
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

@@ -5,6 +5,7 @@ This is the launcher's side. It does not import torch: models live in the member
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import os
@@ -13,23 +14,24 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from weft import compat, cost, errors, tasks
-from weft.clusters import PRELOAD, pick_cluster
-from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session
+from weft.clusters import PRELOAD, pick_cluster, under_torchrun
+from weft.clusters.base import Call, Cluster, Exited, LinkSpec, MemberSpec, Message, Output, Session, StopAsked
 from weft.comm.link import WORLD
 from weft.config import DATA, PLAN, RESULT, Config, RunFolder, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, Spent, diagnose
-from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName
+from weft.errors import ConfigError, Interrupted, MemberFailed, RunFolderError, TaskError, UnknownName, to_wire
 from weft.events import Event, EventLog, LossJoiner, losses_of, read_events
+from weft.fingerprint import fingerprint
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern
 from weft.plan import MemberPlan, Plan
@@ -39,6 +41,8 @@ from weft.resilience.policy import Failure, culprit, decide
 if TYPE_CHECKING:
     from weft.comm.wrappers import Fault
     from weft.task import Task
+
+T = TypeVar("T")
 
 RUNS = Path("runs")
 HEAP_SLACK = 1 << 20
@@ -72,6 +76,13 @@ class RunResult:
         rest = ("steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "bottleneck", "notes")
         return own | self.metrics | {k: getattr(self, k) for k in rest}
 
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> RunResult:
+        """The inverse of ``as_json``, also of what a file made of it (there NaN is null)."""
+        values: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
+        own = {f.name: values.pop(f.name) for f in dataclasses.fields(cls) if f.name != "metrics"}
+        return cls(metrics=values, **own)
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every member of an attempt is told."""
@@ -87,11 +98,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def run(
     task: Task | str,
     pattern: Pattern | str = "allreduce",
-    cluster: Cluster | str = "local",
+    cluster: Cluster | str = "auto",
     *,
     task_options: Mapping[str, Any] | None = None,
     pattern_options: Mapping[str, Any] | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch: int | None = None,
@@ -111,11 +122,16 @@ def run(
     trace: bool = False,
     tensorboard: bool = False,
     metrics_port: int = -1,
+    insecure: bool = False,
     run_dir: str | Path | None = None,
     faults: Sequence[Fault] = (),
     observer: Observer | None = None,
 ) -> RunResult:
     """Train ``task`` under ``pattern`` on ``cluster`` and return the result. The same as ``weft run``.
+
+    ``cluster`` "auto": torchrun where torchrun started this program, else local. Under torchrun every process calls this
+    and gets the same result; ``workers`` is then what torchrun started (elsewhere 1 by default), and ``insecure`` says that
+    its hosts may talk in the clear.
 
     ``steps`` or ``epochs`` (one of them; default: the task's) count joined batches of ``batch`` examples over all
     workers. ``save_every``: steps between checkpoints (None: a tenth of the run, 0: only at the end). ``deadline_s``
@@ -155,6 +171,7 @@ def run(
         trace=trace,
         tensorboard=tensorboard,
         metrics_port=metrics_port,
+        insecure=insecure,
         faults=[f.to_dict() for f in faults],
     )
     with open_cluster(config, cluster) as session:
@@ -168,6 +185,7 @@ def make_config(
     task_options: Mapping[str, Any],
     pattern_options: Mapping[str, Any],
     batch: int | None,
+    workers: int | None,
     **settings: Any,
 ) -> Config:
     """Everything a run needs, checked as far as the task need not be touched. ``settings``: fields of Config."""
@@ -181,12 +199,14 @@ def make_config(
     parse_partitioner(settings["partition"])
     if batch is not None and batch < 1:
         raise ConfigError(f"batch={batch} is not possible: give a whole number of 1 or more.")
+    place = pick_cluster(cluster)
     config = Config(
         task=refer(task, task_options),
         batch=batch or 0,
         pattern=name,
         pattern_options=options,
-        cluster=cluster if isinstance(cluster, str) else cluster.name,
+        cluster=place.name,
+        workers=place.world(workers),
         **settings,
     )
     compat.check(config)
@@ -230,19 +250,33 @@ def start(
     run_dir: str | Path | None = None,
     interrupts: Interrupts | None = None,
 ) -> RunResult:
-    """A new run, from preflight to result."""
-    folder = RunFolder.create(Path(run_dir) if run_dir else RUNS / new_name(config))
-    try:
-        with folder.locked(), interrupts or Interrupts() as interrupts, exported(config, folder, observer) as observers:
-            prepared = prepare(config, session, observers, folder)
-            folder.write_config(prepared.config)
-            folder.write(PLAN, prepared.plan)
-            if prepared.facts.indexes:
-                folder.write(DATA, prepared.facts.indexes)
-            return Driver(prepared, folder, session, observers, interrupts).run()
-    except BaseException:
-        folder.remove_if_unused()
-        raise
+    """A new run, from preflight to result. One that an outer launcher has restarted goes on where it was."""
+
+    def lead(interrupts: Interrupts) -> RunResult:
+        path = Path(run_dir) if run_dir else RUNS / new_name(config, session.launch)
+        if session.restart and RunFolder.holds_run(path):
+            return go_on(path, config, session, observer, interrupts)
+        folder = RunFolder.create(path)
+        try:
+            with folder.locked(), interrupts:
+                return train(config, folder, session, observer, interrupts)
+        except BaseException:
+            folder.remove_if_unused()
+            raise
+
+    request = fingerprint("run", config, str(run_dir or ""))
+    return together(config, session, request, lead, RunResult, interrupts)
+
+
+def go_on(path: Path, config: Config, session: Session, observer: Observer, interrupts: Interrupts) -> RunResult:
+    """After a restart by torchrun: the same command again, and the folder of the run that it began."""
+    folder = RunFolder.open(path)
+    if (result := folder.result()) is not None:
+        return RunResult.from_json(result)
+    config = msgspec.structs.replace(folder.config(), task=config.task, workers=config.workers, faults=[])
+    compat.check(config)
+    with folder.locked(), interrupts:
+        return train(config, folder, session, observer, interrupts, resumes=True)
 
 
 def resume(
@@ -262,26 +296,37 @@ def resume(
     trace: bool | None = None,
     tensorboard: bool | None = None,
     metrics_port: int | None = None,
+    insecure: bool = False,
     faults: Sequence[Fault] = (),
     observer: Observer | None = None,
     interrupts: Interrupts | None = None,
 ) -> RunResult:
     """Go on with a run from its newest good checkpoint: bit for bit, or with another number of workers.
 
-    What is None stays as it was. ``task`` is needed where the run was started with a live object: only names are saved.
+    What is None stays as it was, but under torchrun there are as many workers as it started. ``task`` is needed where the
+    run was started with a live object: only names are saved.
     Raises RunFolderError if there is no such run or it has ended; CheckpointError if no checkpoint of it is good.
     """
     folder = RunFolder.open(run_dir)
     observer = observer or Silent()
+    config = folder.config()
+    here = config.cluster
+    if under_torchrun() or here == "torchrun":
+        here = "auto"  # where we are now, not where it began
+    place = pick_cluster(here)
     if (result := folder.result()) is not None:
+        if place.restart:  # by torchrun, after all was done
+            return RunResult.from_json(result)
         raise RunFolderError(
             f"the run in {str(run_dir)!r} has finished (step {result['steps']}): there is nothing to resume. Start a new run."
         )
-    config = folder.config()
+    if place.name == "torchrun" or workers is not None:
+        workers = place.world(workers)
     if workers == 1:
         link, balance = link or "auto", balance or "none"  # the old ones have nobody to join, nobody to share with
     asked = {
         "task": None if task is None else refer(task, {}),
+        "cluster": place.name,
         "workers": workers,
         "balance": balance,
         "link": link,
@@ -295,6 +340,7 @@ def resume(
         "trace": trace,
         "tensorboard": tensorboard,
         "metrics_port": metrics_port,
+        "insecure": insecure,
         "faults": [f.to_dict() for f in faults],
     }
     config = msgspec.structs.replace(config, **{name: value for name, value in asked.items() if value is not None})
@@ -303,22 +349,64 @@ def resume(
             f"the task of {str(run_dir)!r} was a live object: resume with weft.resume(run_dir, task=...)."
         )
     compat.check(config)
-    with (
-        folder.locked(),
-        exported(config, folder, observer) as observers,
-        open_cluster(config) as session,
-        interrupts or Interrupts() as interrupts,
-    ):
-        found = find_checkpoint(session, folder, observers)
-        prepared = prepare(config, session, observers, folder)
-        folder.write_config(prepared.config)
-        folder.write(PLAN, prepared.plan)
-        return Driver(prepared, folder, session, observers, interrupts).run(found)
+
+    def lead(interrupts: Interrupts) -> RunResult:
+        with folder.locked(), interrupts:
+            return train(config, folder, session, observer, interrupts, resumes=True)
+
+    with open_cluster(config) as session:
+        request = fingerprint("resume", config, str(run_dir))
+        return together(config, session, request, lead, RunResult, interrupts)
 
 
 def explain(config: Config, session: Session, observer: Observer) -> Plan:
     """The plan, and nothing else."""
-    return prepare(config, session, observer, None).plan
+    request = fingerprint("explain", config)
+    return together(config, session, request, lambda _: prepare(config, session, observer, None).plan, Plan)
+
+
+def together(
+    config: Config,
+    session: Session,
+    request: Mapping[str, str],
+    lead: Callable[[Interrupts], T],
+    kind: type[T],
+    interrupts: Interrupts | None = None,
+) -> T:
+    """Of the processes of a session one leads, the others follow; all come to the same result, or the same error."""
+    interrupts = interrupts or Interrupts()
+    interrupts.once = bool(session.launch)
+    try:
+        if session.join(request, config.deadline_s, config.insecure):
+            result = lead(interrupts)
+            session.finish({"result": msgspec.to_builtins(result)})
+            return result
+    except BaseException as error:
+        session.finish({"error": to_wire(error)})
+        raise
+    with interrupts:
+        interrupts.training = True
+        outcome = session.follow(msgspec.to_builtins(config.task), lambda: interrupts.count > 0)
+    return msgspec.convert(outcome, kind, strict=False)
+
+
+def train(
+    config: Config,
+    folder: RunFolder,
+    session: Session,
+    observer: Observer,
+    interrupts: Interrupts,
+    resumes: bool = False,
+) -> RunResult:
+    """In a folder that is ours: prepare, and run to the end, from the newest checkpoint if it ``resumes``."""
+    with exported(config, folder, observer) as observers:
+        found = find_checkpoint(session, folder, observers) if resumes else None
+        prepared = prepare(config, session, observers, folder)
+        folder.write_config(prepared.config)
+        folder.write(PLAN, prepared.plan)
+        if prepared.facts.indexes:
+            folder.write(DATA, prepared.facts.indexes)
+        return Driver(prepared, folder, session, observers, interrupts).run(found)
 
 
 @dataclass(frozen=True)
@@ -360,7 +448,7 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     ]
     total = config.total_steps(facts.train_examples)
     save_every = save_interval(config, total, pattern.period(facts, config))
-    plan = make_plan(config, facts, pattern, chosen, total, save_every, why)
+    plan = make_plan(config, facts, pattern, chosen, total, save_every, why, session.notes)
     if isinstance(observer, Observers):
         plan.choices.update(observer.choices)
     observer.on_plan(plan)
@@ -395,7 +483,14 @@ def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> 
 
 
 def make_plan(
-    config: Config, facts: Facts, pattern: Pattern, carrier: str, total_steps: int, save_every: int, why: str
+    config: Config,
+    facts: Facts,
+    pattern: Pattern,
+    carrier: str,
+    total_steps: int,
+    save_every: int,
+    why: str,
+    cluster_notes: Sequence[str] = (),
 ) -> Plan:
     shares = [
         config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
@@ -438,9 +533,12 @@ def make_plan(
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         }
         | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
-        notes=pattern.notes(facts, config)
-        + facts.about_data
-        + ([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+        notes=[
+            *pattern.notes(facts, config),
+            *facts.about_data,
+            *([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+            *cluster_notes,
+        ],
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )
 
@@ -458,9 +556,10 @@ def checkpoint_policy(config: Config, every: int) -> str:
     return f"{when}, the last {config.keep} are kept"
 
 
-def new_name(config: Config) -> str:
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.task.name}-{config.pattern}-{stamp}-{secrets.token_hex(2)}"
+def new_name(config: Config, launch: str) -> str:
+    """``launch`` is found again after a restart; where nobody restarts us, the time and chance name the run."""
+    launch = launch or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{config.task.name}-{config.pattern}-{launch}"
 
 
 def failure_of(event: Exited, role: str) -> Failure:
@@ -490,11 +589,13 @@ def fold(failures: Sequence[Failure]) -> list[str]:
 class Interrupts:
     """Counts Ctrl-C and SIGTERM while it is entered (in the main thread; elsewhere Python gives no signals).
 
-    ``lasting``: and goes on to do so, for a program that has nothing else to do but to say how it ended.
+    ``lasting``: and goes on to do so, for a program that has nothing else to do but to say how it ended. ``once``: a second
+    signal counts for nothing: torchrun passes on what the terminal has sent us already, and ends us itself in time.
     """
 
     def __init__(self, lasting: bool = False) -> None:
         self.lasting = lasting
+        self.once = False
         self.count = 0
         self.training = False
         self._before: dict[int, Any] = {}
@@ -511,7 +612,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        self.count = 1 if self.once else self.count + 1
         if not self.training:
             raise Interrupted("stopped before training began: nothing was lost.")
 
@@ -663,6 +764,8 @@ class Driver:
                     self.on_message(event)
                 elif isinstance(event, Output):
                     self.on_output(event.member, event.text)
+                elif isinstance(event, StopAsked):
+                    self.interrupts.count = max(1, self.interrupts.count)
                 else:
                     role = alive.pop(event.member)
                     if event.failed and not killed:
@@ -672,7 +775,8 @@ class Driver:
             now = time.monotonic()
             if self.interrupts.count and stop_asked_s == math.inf:
                 stop_asked_s = now
-                self.tell("warning", text="stopping after this step and saving; Ctrl-C again stops at once")
+                again = "" if self.interrupts.once else "; Ctrl-C again stops at once"
+                self.tell("warning", text=f"stopping after this step and saving{again}")
                 self.session.request_stop()
             too_late = now - max(stop_asked_s, self.heard_s) > config.deadline_s + STOP_S
             if alive and not killed and (self.interrupts.count > 1 or too_late):

@@ -27,6 +27,7 @@ from typing import Any
 
 class WeftError(Exception):
     code = 1
+    told = False  # another process of the run has told the user
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -43,6 +43,7 @@ CHANGES: dict[str, Any] = {
     "trace": True,
     "tensorboard": True,
     "metrics_port": 0,
+    "insecure": True,
     "cluster": "local",
     "faults": [kill(rank=1, step=3)],
 }

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weft.comm.link import WORLD
+from weft.errors import Interrupted
 
 if TYPE_CHECKING:
     from weft.comm.link import Link
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """A torch TCPStore that all members reach. ``prefix`` keeps this group's keys apart from all others' in it."""
+
+    host: str
+    port: int
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,7 @@ class LinkSpec:
     """How the members of one group are joined. ``nbytes``: what one member allocates in the carrier (shared memory).
 
     A member may stand in several groups (all workers; its island), in one of each name.
+    ``host``: the address where this member listens. ``store``: where gloo and nccl meet (None: a file of this host).
     """
 
     carrier: str
@@ -30,6 +41,8 @@ class LinkSpec:
     nbytes: int = 0
     port: int = 0  # tcp: rank r listens on port + r; 0: any free port
     device: str = "cpu"
+    host: str = "127.0.0.1"
+    store: StoreSpec | None = None
     group: str = WORLD
     members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
 
@@ -93,11 +106,37 @@ class Exited:
         return self.code != 0 or self.signal != 0 or self.error is not None
 
 
-SessionEvent = Message | Output | Exited
+@dataclass(frozen=True)
+class StopAsked:
+    """Somebody signalled another process of the run to end."""
+
+    rank: int
+
+
+SessionEvent = Message | Output | Exited | StopAsked
 
 
 class Session(ABC):
-    """An open cluster. Used by one thread."""
+    """An open cluster. Used by one thread.
+
+    Where an outer launcher started a process for each member, one of these processes drives the run and the others
+    follow it: ``join`` tells which. Everywhere else there is nobody to join, and the defaults hold.
+    """
+
+    launch: str = ""  # names what an outer launcher started, the same after it has restarted us; "": there is none
+    restart: int = 0  # how often it did
+    notes: tuple[str, ...] = ()  # for the plan
+
+    def join(self, request: Mapping[str, str], deadline_s: float, insecure: bool) -> bool:
+        """Meet the other processes; all must have the same ``request``. True: drive the run. False: ``follow``."""
+        return True
+
+    def follow(self, task: dict[str, Any], stop_asked: Callable[[], bool]) -> dict[str, Any]:
+        """Serve the process that drives, until it tells how the run ended. ``task``: as this process finds it."""
+        raise NotImplementedError
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Tell those who follow how the run ended: {"result": ...} or {"error": ...}."""
 
     @abstractmethod
     def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None: ...
@@ -127,6 +166,11 @@ class Session(ABC):
 
 class Cluster(ABC):
     name: str
+    restart: int = 0  # how often an outer launcher has restarted this process
+
+    def world(self, workers: int | None) -> int:
+        """How many workers, where the user asked for ``workers``. ConfigError if there cannot be that many."""
+        return 1 if workers is None else workers
 
     @abstractmethod
     def open(self, preload: Sequence[str]) -> Session:
@@ -159,6 +203,10 @@ class Call:
                     self.reply.update(event.data)
                 elif isinstance(event, Output):
                     self.on_output(event)
+                elif isinstance(event, StopAsked):
+                    raise Interrupted(
+                        f"stopped before training began (by a signal to rank {event.rank}): nothing was lost."
+                    )
                 else:
                     return event
 

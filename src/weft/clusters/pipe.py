@@ -1,4 +1,5 @@
-"""Whole messages over a stream socket between our own processes on one host: 4 length bytes, then msgpack."""
+"""Whole messages over a stream socket between our own processes: 4 length bytes, then msgpack. A peer that sends anything
+else, or more than ``limit`` bytes at once, counts as gone."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ class Closed(Exception):
 
 
 class Pipe:
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def __init__(self, sock: socket.socket, limit: int = LIMIT) -> None:
+        self.sock, self.limit = sock, limit
         self._buffer = bytearray()
         self._encode = msgspec.msgpack.Encoder(enc_hook=str).encode
         self._decode = msgspec.msgpack.Decoder().decode
@@ -48,11 +49,14 @@ class Pipe:
         messages = []
         while len(self._buffer) >= 4:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > LIMIT:
+            if length > self.limit:
                 raise Closed(f"a message of {length} bytes is no message of ours")
             if len(self._buffer) < 4 + length:
                 break
-            messages.append(self._decode(bytes(self._buffer[4 : 4 + length])))
+            try:
+                messages.append(self._decode(bytes(self._buffer[4 : 4 + length])))
+            except msgspec.DecodeError as error:
+                raise Closed(f"it sent garbage: {error}") from error
             del self._buffer[: 4 + length]
         return messages
 

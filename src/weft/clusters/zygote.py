@@ -67,7 +67,7 @@ class Transport:
             except BaseException:
                 self.close()
                 raise
-        elif spec.carrier in ("gloo", "nccl"):
+        elif spec.carrier in ("gloo", "nccl") and spec.store is None:
             self.store = os.path.join(tempfile.mkdtemp(prefix="weft-store-"), "store")
 
     def link(self, rank: int) -> Link:
@@ -90,10 +90,12 @@ class Transport:
             from weft.comm.link import SoloLink
 
             return SoloLink()
-        from weft.comm.torchdist import TorchDistLink
+        from weft.comm.torchdist import TorchDistLink, connect_store
 
         backend: Literal["gloo", "nccl"] = "nccl" if spec.carrier == "nccl" else "gloo"
-        return TorchDistLink(rank, spec.world, backend=backend, store=self.store, deadline_s=spec.deadline_s)
+        s = spec.store
+        store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s) if s else self.store
+        return TorchDistLink(rank, spec.world, backend=backend, store=store, deadline_s=spec.deadline_s, host=spec.host)
 
     def mark_dead(self, member: int) -> None:
         if self.region is not None and (rank := self.spec.rank_of(member)) is not None:

@@ -334,6 +334,29 @@ class TorchDistLink(Link):
         self._gloo = self._nccl = None  # their threads and sockets end with them
 
 
+def connect_store(host: str, port: int, *, prefix: str, deadline_s: float, serve: bool = False) -> Store:
+    """The TCPStore at host:port, or one that this process keeps there (``serve``). DeadlineExceeded if nobody answers.
+
+    It is neither encrypted nor authenticated: whoever reaches the port can read and write.
+    """
+    dist = _torch_distributed()
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=serve,
+            wait_for_workers=False,
+            multi_tenant=serve,
+            timeout=timedelta(seconds=deadline_s),
+        )
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        doing = "cannot keep a store" if serve else "no store answers"
+        raise DeadlineExceeded(f"{doing} at {host}:{port} within {deadline_s:g} s ({first})") from error
+    prefixed: Store = dist.PrefixStore(prefix, store)
+    return prefixed
+
+
 def _torch_distributed() -> Any:
     """Untyped: torch's stubs name only part of what this module holds."""
     import torch.distributed
