@@ -84,6 +84,12 @@ CASES: dict[str, tuple[list[Spent], Setting, str, str]] = {
         "latency",
         r"8\d % of the time, 21.5 ms a step over tcp.*larger --batch, or --pattern localsgd -o every=20",
     ),
+    "more workers than cores": (
+        FAR,
+        replace(HERE, carrier="shm", cores=len(FAR) - 1),
+        "waiting",
+        rf"for a core: {len(FAR)} workers of 1 thread share {len(FAR) - 1} cores.*at most --workers {len(FAR) - 1} here",
+    ),
     "small messages": (
         [worker(compute=2, exchange=1.6, wait=0.1, messages=8)] * 2,
         HERE,
@@ -97,7 +103,12 @@ CASES: dict[str, tuple[list[Spent], Setting, str, str]] = {
         "bandwidth",
         r"moving 4 MB a step takes 8\d % of the time, at 102 MB/s over tcp.*larger --batch",
     ),
-    "bandwidth in localsgd": (THIN, replace(HERE, pattern="localsgd"), "bandwidth", r"a larger --batch$"),
+    "bandwidth in localsgd": (
+        THIN,
+        replace(HERE, pattern="localsgd"),
+        "bandwidth",
+        r"a larger --batch, or a larger -o every$",
+    ),
     "latency and a slow worker": (
         [worker(compute=10, wait=50, skew=5), worker(compute=15, wait=45)],
         HERE,

@@ -160,6 +160,14 @@ def _loading(split: Sequence[_Worker], workers: Sequence[Spent], setting: Settin
 
 
 def _latency(split: Sequence[_Worker], workers: Sequence[Spent], setting: Setting, share: float) -> Diagnosis:
+    if setting.carrier == "shm" and len(workers) * setting.threads > setting.cores:
+        # a line of shared memory is seen in a microsecond by whoever has a core
+        return Diagnosis(
+            "waiting",
+            f"waiting for a core: {len(workers)} workers of {setting.threads} thread{'s' * (setting.threads > 1)} share "
+            f"{setting.cores} cores, and in exchanges wait {_percent(share)} of the time for those whose turn it is not; at most "
+            f"--workers {max(1, setting.cores // setting.threads)} here",
+        )
     each = statistics.mean(w.latency for w in split)
     return Diagnosis(
         "latency",
@@ -218,7 +226,9 @@ def _smaller_share(setting: Setting, who: int, before: str) -> str:
 
 
 def _fewer_exchanges(setting: Setting) -> str:
-    return "--pattern localsgd -o every=20" if setting.pattern != "localsgd" and "localsgd" in setting.patterns else ""
+    if setting.pattern == "localsgd":
+        return "a larger -o every"
+    return "--pattern localsgd -o every=20" if "localsgd" in setting.patterns else ""
 
 
 def _or(cure: str) -> str:

@@ -117,6 +117,11 @@ class Page:
         return OUTCOMES[self.outcome]
 
     @property
+    def limit(self) -> str:
+        """What limited the run, and what would help."""
+        return str(self.result.get("bottleneck") or "")
+
+    @property
     def told(self) -> str:
         """The outcome in a sentence."""
         h, of = self.history, f" of {self.plan.steps:,}" if self.plan else ""
