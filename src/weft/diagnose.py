@@ -160,19 +160,29 @@ def _loading(split: Sequence[_Worker], workers: Sequence[Spent], setting: Settin
 
 
 def _latency(split: Sequence[_Worker], workers: Sequence[Spent], setting: Setting, share: float) -> Diagnosis:
-    if setting.carrier == "shm" and len(workers) * setting.threads > setting.cores:
-        # a line of shared memory is seen in a microsecond by whoever has a core
-        return Diagnosis(
-            "waiting",
-            f"waiting for a core: {len(workers)} workers of {setting.threads} thread{'s' * (setting.threads > 1)} share "
-            f"{setting.cores} cores, and in exchanges wait {_percent(share)} of the time for those whose turn it is not; at most "
-            f"--workers {max(1, setting.cores // setting.threads)} here",
-        )
+    if setting.carrier == "shm":
+        return _cores(len(workers), setting, share)
     each = statistics.mean(w.latency for w in split)
     return Diagnosis(
         "latency",
         f"latency: messages are on their way {_percent(share)} of the time, {_ms(each)} a step over {setting.carrier} whatever "
         f"their size; make fewer exchanges: a larger --batch{_or(_fewer_exchanges(setting))}",
+    )
+
+
+def _cores(num_workers: int, setting: Setting, share: float) -> Diagnosis:
+    """A line of shared memory is seen within a microsecond by whoever has a core: what looks like latency is the want of one."""
+    waited = f"in exchanges workers wait {_percent(share)} of the time for one whose turn it is not"
+    if num_workers * setting.threads > setting.cores:
+        threads = f"{setting.threads} thread{'s' * (setting.threads > 1)}"
+        return Diagnosis(
+            "waiting",
+            f"waiting for a core: {num_workers} workers of {threads} share {setting.cores} cores, and {waited}; at most --workers "
+            f"{max(1, setting.cores // setting.threads)} here",
+        )
+    return Diagnosis(
+        "waiting",
+        f"waiting for a core: other programs use the {setting.cores} cores, too, and {waited}; stop those, or use fewer --workers",
     )
 
 
