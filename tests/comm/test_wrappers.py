@@ -14,8 +14,7 @@ from tests.comm.test_links import CARRIERS
 from weft.comm.link import Link, SoloLink
 from weft.comm.tcp import SO_MAX_PACING_RATE
 from weft.errors import CommError, ConfigError, DeadlineExceeded, Incompatible, PeerLost
-from weft.testing.conformance import Outcome
-from weft.testing.faults import (
+from weft.testing import (
     Fault,
     FaultyLink,
     corrupt,
@@ -28,6 +27,7 @@ from weft.testing.faults import (
     slow_loading,
     throttle,
 )
+from weft.testing.conformance import Outcome
 
 ALL = [
     kill(rank=2, step=5),
