@@ -19,7 +19,7 @@ import msgspec
 clock = time.perf_counter
 
 SEGMENT = 250_000  # spans; about 10 MB
-BATCH = 2048  # spans in memory
+BATCH = 256  # spans in memory
 FLUSH_S = 1.0
 
 
