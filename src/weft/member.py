@@ -22,7 +22,7 @@ from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
 from weft.config import CHECKPOINTS, DATA, FIRST_PART, SPANS, Config, part_of
 from weft.data.shards import Index
-from weft.driver import Job
+from weft.driver.prepare import Job
 from weft.errors import CheckpointError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
