@@ -163,3 +163,15 @@ def test_batchnorm_keeps_a_quarter_of_an_equal_share(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Balancer, "observe", lambda self, seconds: observe(self, [9.0 * self.shares[0], 0.1, 0.1]))
     result = weft.run(Normed(), workers=3, **settings(tmp_path, 36, steps=5))
     assert [shares[0] for _, shares in changes(result.run_dir)] == [3]
+
+
+def test_the_smaller_last_batch_of_an_epoch_tells_nothing_of_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(Balancer, "observe", lambda self, seconds: seen.append(seconds))
+    weft.run(
+        Regression(), workers=2, **settings(tmp_path, 24, steps=18)
+    )  # 211 examples are 8 batches of 24 and one of 19
+    assert len(seen) == 2 * 2 * 8
+    assert all(seconds > 0 for row in seen for seconds in row)
