@@ -163,7 +163,9 @@ class Zygote:
             self.serve_once(None)
 
     def serve_once(self, timeout_s: float | None) -> None:
-        for key, _ in self.selector.select(timeout_s):
+        """What children said first, then who ended: to bury one closes what the same look may have found it to say."""
+        ready = [key for key, _ in self.selector.select(timeout_s)]
+        for key in sorted(ready, key=lambda key: key.fileobj == self.wake_read):
             key.data()
 
     def warm_up(self) -> None:
