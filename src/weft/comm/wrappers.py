@@ -26,7 +26,7 @@ STRIKES_LINK = ("kill", "freeze", "delay", "drop", "corrupt", "raise_error")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to ``rank`` at its first exchange of ``step`` (None: at every exchange, or all the time)."""
+    """What happens to ``rank`` at its first exchange in ``step`` or after it (None: at every exchange, or all the time)."""
 
     kind: FaultKind
     rank: int
@@ -115,7 +115,7 @@ class FaultyLink(Link):
                 link.pace(fault.bytes_per_s)
 
     def _strike(self, tensors: Sequence[torch.Tensor]) -> None:
-        due = [fault for fault in self._faults if fault.step in (None, self._step())]
+        due = [fault for fault in self._faults if fault.step is None or fault.step <= self._step()]
         self._faults = [fault for fault in self._faults if fault.step is None or fault not in due]
         for fault in due:
             if fault.kind == "kill":
