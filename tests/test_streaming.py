@@ -106,14 +106,16 @@ def assert_each_once(notes: Notes) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [k if k == "npy" else pytest.param(k, marks=pytest.mark.slow) for k in FORMATS])
 def test_every_record_once_an_epoch_over_kills_and_other_worlds(tmp_path: Path, kind: str) -> None:
     data = write_shards(tmp_path / "data", SIZES, kind)
     assert_each_once(run_through_kills(tmp_path, data, buffer_mb=16 * 60 / (1 << 20) if kind != "parquet" else 64))
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stream", ["counting", "shuffled", "stateful"])
+@pytest.mark.parametrize(
+    "stream", ["shuffled", *(pytest.param(s, marks=pytest.mark.slow) for s in ("counting", "stateful"))]
+)
 def test_every_example_of_a_stream_once_over_kills_and_other_worlds(tmp_path: Path, stream: str) -> None:
     notes = run_through_kills(tmp_path, stream)
     assert_each_once(notes)
@@ -146,6 +148,7 @@ def test_a_worker_opens_only_its_own_files(tmp_path: Path) -> None:
     assert sorted(file for files in opened.values() for file in files) == [f"s00{k}.csv" for k in range(8)]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_changed_between_start_and_resume_is_named(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES, "npy")
@@ -251,6 +254,7 @@ class Held(Regression):
         return np.concatenate([np.load(f"{self.folder}/{k}.npy") for k in range(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_held_out_shards_are_all_evaluated(tmp_path: Path) -> None:
     import numpy as np

@@ -237,7 +237,7 @@ def test_a_stop_waits_for_the_next_meeting_and_costs_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_another_world_goes_on_from_the_mean_of_the_inner_states(tmp_path: Path, world: int) -> None:
     """SGD with momentum is linear in its state: meeting at each step, with equal shares, is AllReduce across the change."""
     task, settings = (

@@ -76,6 +76,7 @@ def weft_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_learns_a_file_from_the_command_line(tmp_path: Path) -> None:
     """Four of Python's own modules, on two workers: below the entropy of their bytes in a few seconds."""
