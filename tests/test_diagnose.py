@@ -90,6 +90,12 @@ CASES: dict[str, tuple[list[Spent], Setting, str, str]] = {
         "waiting",
         rf"for a core: {len(FAR)} workers of 1 thread share {len(FAR) - 1} cores.*at most --workers {len(FAR) - 1} here",
     ),
+    "more workers than cores, much to move": (
+        THIN,
+        replace(HERE, carrier="shm", cores=len(THIN) - 1),
+        "waiting",
+        "for a core",
+    ),
     "cores used by others": (FAR, replace(HERE, carrier="shm", cores=9), "waiting", r"other programs use the 9 cores"),
     "small messages": (
         [worker(compute=2, exchange=1.6, wait=0.1, messages=8)] * 2,

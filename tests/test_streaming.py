@@ -306,6 +306,8 @@ def refused(kind: type[Exception], *words: str, task: weft.Task, tmp_path: Path,
         (Counting(5, 90), {"epochs": 2}, DataError, ["ended after 5", "says 90", "each worker must see them all"]),
         (Counting(90), {"steps": 2, "partition": "random"}, Incompatible, ["'random'", "a stream", "--partition"]),
         (Counting(85, 90), {"epochs": 2}, MemberFailed, ["Counting ended after 85", "90 were expected"]),
+        (Counting(100, 90), {"epochs": 2}, MemberFailed, ["Counting gave more than 90", "__len__"]),
+        (Counting(100, 95), {"epochs": 2}, MemberFailed, ["Counting gave more than 95", "__len__"]),
     ],
 )
 def test_streams_that_cannot_be(
@@ -323,6 +325,16 @@ class Waning(Counting):
 def test_a_stream_that_gives_less_in_its_second_pass(tmp_path: Path) -> None:
     words = ["Waning ended after", "in epoch 2", "were expected"]
     refused(MemberFailed, *words, task=Given(Waning(100)), tmp_path=tmp_path, steps=40)
+
+
+class Growing(Counting):
+    def __iter__(self) -> Any:
+        self.n += 5
+        return super().__iter__()
+
+
+def test_a_stream_that_gives_more_in_its_second_pass(tmp_path: Path) -> None:
+    refused(MemberFailed, "Growing gave more than", "in epoch 2", task=Given(Growing(100)), tmp_path=tmp_path, steps=40)
 
 
 def test_a_held_out_set_may_not_be_a_stream(tmp_path: Path) -> None:

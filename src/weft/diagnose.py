@@ -187,6 +187,8 @@ def _cores(num_workers: int, setting: Setting, share: float) -> Diagnosis:
 
 
 def _bandwidth(split: Sequence[_Worker], workers: Sequence[Spent], setting: Setting, share: float) -> Diagnosis:
+    if setting.carrier == "shm" and len(workers) * setting.threads > setting.cores:
+        return _cores(len(workers), setting, share)
     seconds = sum(w.bandwidth for w in split)
     num_bytes = sum(w.bytes_sent / w.steps for w in workers)
     return Diagnosis(

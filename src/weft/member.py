@@ -105,18 +105,20 @@ def work(seat: Seat) -> None:
         resume = Resume(found.step, found.world, cast(Any, found.parts), found.meta)
         reporter.step = found.step
     names = [g.name for g in pattern.groups(job.facts, config.workers) if rank in g.members]
-    links = {name: seat.link(name) for name in names}
     spans: Spans | None = None
-    try:
+    with contextlib.ExitStack() as at_end:
+        links = {name: at_end.enter_context(contextlib.closing(seat.link(name))) for name in names}
         if config.trace:
             clock = measure_clock(links[WORLD], device, local_clock())
             place = Path(job.run_dir) / SPANS
             spans = Spans(place, role.name, rank, clock, lambda text: reporter.send("warning", text=text))
+            at_end.callback(spans.close)
             links = {n: TracedLink(link, spans) for n, link in links.items()}
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
             links = {n: FaultyLink(link, faults, step=lambda: reporter.step + 1) for n, link in links.items()}
             strike_task(task, [f for f in faults if f.rank == rank], step=lambda: reporter.step + 1)
+        at_end.callback(reporter.close)  # what was done before an error is known, to the step
         world = links.pop(WORLD)
         context = Context(
             task=task,
@@ -134,13 +136,6 @@ def work(seat: Seat) -> None:
             spans=spans,
         )
         drive(resolve(role.entry)(context), reporter, job, world, spans)
-    finally:
-        reporter.flush()  # what was done before an error is known, to the step
-        reporter.sample()
-        if spans is not None:
-            spans.close()
-        for link in (world, *links.values()):
-            link.close()
 
 
 class Reporter:
@@ -150,13 +145,13 @@ class Reporter:
         self.seat, self.usage, self.clock, self.step = seat, usage, clock, 0
         self.rank, self.world = seat.spec.member, world
         self._sent = self._sampled = clock()
+        self._joined = True
         self._clear()
 
     def _clear(self) -> None:
         self._first = self.step + 1
         self._loss: list[float | None] = []
         self._weights: list[float] = []
-        self._joined = True
         self._sums = dict.fromkeys(SUMS, 0.0)
         self._sent_over: Counter[str] = Counter()
 
@@ -171,13 +166,16 @@ class Reporter:
         self.sample()
 
     def add(self, point: SafePoint) -> None:
-        r, s = point.report, self._sums
-        self.step = point.version
+        r = point.report
         weight = sum(r.weights)
         loss = sum(r.losses) / weight if weight else math.nan
+        if (joined := len(r.weights) == self.world) != self._joined:
+            self.flush()  # a tick tells either the joined loss of its steps or this member's own
+            self._joined = joined
+        self.step = point.version
         self._loss.append(loss if math.isfinite(loss) else None)
         self._weights.append(weight)
-        self._joined = self._joined and len(r.weights) == self.world
+        s = self._sums
         s["examples"] += r.examples
         s["compute_s"] += r.compute_s
         s["exchange_s"] += r.exchange_s
@@ -204,6 +202,10 @@ class Reporter:
         if self._sent - self._sampled >= USAGE_S:
             self.sample()
         self._clear()
+
+    def close(self) -> None:
+        self.flush()
+        self.sample()
 
     def sample(self) -> None:
         self._sampled = self.clock()

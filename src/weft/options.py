@@ -39,6 +39,8 @@ def parse_assignments(texts: Iterable[str], what: str) -> dict[str, Any]:
             if not isinstance(inner, dict):
                 inner = place[part] = {"kind": inner}
             place = inner
+        if isinstance(place.get(last), dict) and "kind" not in place[last]:  # combine.f=2 came before combine=krum
+            place, last = place[last], "kind"
         if last in place:
             raise ConfigError(f"{what} option {key!r} is given twice: {place[last]!r} and {value!r}")
         place[last] = value
@@ -64,7 +66,10 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
         model = pydantic.create_model(cls.__name__, __config__=config, **definitions)
         checked = model.model_validate({k: _none(v, fields[k][0]) for k, v in raw.items()})
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, what) for e in error.errors())) from None
+        by_option = {str(e["loc"][0]): e for e in reversed(error.errors())}  # of a union there is one for each member
+        raise ConfigError(
+            "; ".join(_explain(e, what, name, fields[name][0]) for name, e in reversed(by_option.items()))
+        ) from None
     values = {name: getattr(checked, name) for name in fields if name in raw}
     try:
         return cls(**values)
@@ -168,8 +173,9 @@ def _type_name(annotation: Any) -> str:
     return "|".join("none" if p is type(None) else _type_name(p) for p in parts) if parts else str(annotation)
 
 
-def _explain(error: Any, what: str) -> str:
-    where = ".".join(str(p) for p in error["loc"])
+def _explain(error: Any, what: str, name: str, annotation: Any) -> str:
     if error["type"] == "missing":
-        return f"{what} needs the option {where!r}: give {where}=..."
-    return f"option {where}={error['input']!r} of {what}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{what} needs the option {name!r}: give {name}=..."
+    if len(error["loc"]) > 1:  # a union: what one member of it has to say would mislead
+        return f"option {name}={error['input']!r} of {what} is not possible: give {_type_name(annotation)}"
+    return f"option {name}={error['input']!r} of {what}: {error['msg'][0].lower()}{error['msg'][1:]}"

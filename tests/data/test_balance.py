@@ -101,6 +101,7 @@ def test_nothing_changes_before_both_halves_are_seen_and_the_first_step_does_not
     st.integers(1, 40),
 )
 @example([(0.9, 1e-4), (0.0, 1e-2)], 40)
+@example([(0.0, 0.0078125), (0.875, 0.005859375)], 2)
 @example([(0.9, 1e-2), (0.9, 1e-4), (0.9, 1e-4)], 40)
 def test_shares_come_to_rest_near_the_best_whatever_part_is_fixed(cost: list[tuple[float, float]], per: int) -> None:
     """(part of the time at equal shares that is fixed, seconds an example in all)."""
@@ -114,7 +115,9 @@ def test_shares_come_to_rest_near_the_best_whatever_part_is_fixed(cost: list[tup
     slowest = [model.slowest_s(equal_shares(batch, world)), *(model.slowest_s(d.shares) for d in changes)]
     assert slowest[-1] <= min(slowest) * (1 + GAIN)
     best = model.slowest_s(best_shares(model, batch))
-    assert slowest[-1] <= best * 1.2
+    resting = balancer.shares
+    one_example = max(seconds(r, n) / n for r, n in enumerate(resting))  # shares are whole: with few, each is much
+    assert slowest[-1] <= best * 1.2 + one_example
 
 
 @given(st.integers(0, 2**32), st.integers(2, 8))

@@ -23,6 +23,8 @@ from weft.data import partition
 from weft.data.sampler import Sampler
 from weft.errors import ConfigError, Incompatible
 from weft.events import read_events
+from weft.patterns.periodic import PeriodicMean
+from weft.report.observers import Silent
 from weft.testing import kill
 
 STEPS = 14  # no multiple of the periods below: the last one is partial
@@ -167,6 +169,72 @@ def test_post_local_begins_when_the_rate_drops(tmp_path: Path) -> None:
     truth = train_apart(Dropping(), workers=2, every=4, steps=STEPS, batch=24, start=6, run_seed=3)
     got = apart(tmp_path, Dropping(), 2, LocalSGD(every=4, start="lr_drop"), batch=24)
     assert distance(got, truth) <= EQUAL
+
+
+class Smooth(Regression):
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+        """Warm-up over 3 steps to 1, then a line down to 0 at step 13."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (s + 1) / 3 if s < 3 else max(0.0, (13 - s) / 10))
+
+
+def test_a_smooth_schedule_drops_where_it_is_half_of_its_highest(tmp_path: Path) -> None:
+    """1 at steps 2 and 3, 0.5 at step 8."""
+    truth = train_apart(Smooth(), workers=2, every=4, steps=STEPS, batch=24, start=8, run_seed=3)
+    got = apart(tmp_path, Smooth(), 2, LocalSGD(every=4, start="lr_drop"), batch=24)
+    assert distance(got, truth) <= EQUAL
+
+
+class Constant(Regression):
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+        return None
+
+
+def test_a_rate_that_never_drops_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="never brings the learning rate to half"):
+        apart(tmp_path, Constant(), 2, LocalSGD(every=4, start="lr_drop"), batch=24)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        (LocalSGD(every=4), {}),
+        (LocalSGD(every=4), {"eval_every": 3}),
+        (LocalSGD(every=5), {"eval_every": 7, "save_every": 2}),
+        (LocalSGD(every=3, start=5), {"save_every": 4}),
+        (LocalSGD(every="epoch"), {"eval_every": 5}),
+        (LocalSGD(every=1), {"eval_every": 5, "save_every": 3}),
+    ],
+)
+def test_the_plan_counts_the_meetings(
+    tmp_path: Path, pattern: LocalSGD, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[int] = []
+    meet = PeriodicMean.meet
+
+    def counted(self: PeriodicMean) -> None:
+        met.append(self.link.rank)
+        meet(self)
+
+    monkeypatch.setattr(PeriodicMean, "meet", counted)
+    plans: list[Any] = []
+
+    class Plans(Silent):
+        def on_plan(self, plan: Any) -> None:
+            plans.append(plan)
+
+    settings = {"save_every": 0} | settings
+    weft.run(
+        Regression(),
+        pattern,
+        "inprocess",
+        workers=2,
+        steps=STEPS,
+        batch=36,
+        observer=Plans(),
+        run_dir=tmp_path / "run",
+        **settings,
+    )
+    assert f"in each of {met.count(0)} meetings" in plans[0].links[-1].what
 
 
 def test_a_period_of_an_epoch(tmp_path: Path) -> None:
@@ -315,7 +383,8 @@ def test_bytes_fall_by_the_period(tmp_path: Path) -> None:
     ("options", "says"),
     [
         ({"every": "0"}, "every=0 is not possible: give a whole number of 1 or more"),
-        ({"every": "never"}, "every"),
+        ({"every": "never"}, "every='never' of pattern 'localsgd' is not possible: give int|epoch"),
+        ({"every": "2.5"}, "every='2.5' of pattern 'localsgd' is not possible: give int|epoch"),
         ({"every": "15"}, "every=15 is longer than the run of 14 steps"),
         ({"every": "2", "start": "14"}, "start=14 is not before the end of the run of 14 steps"),
         ({"every": "2", "start": "-1"}, "start=-1 is not possible"),

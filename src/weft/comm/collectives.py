@@ -157,7 +157,7 @@ class RingLink(Link):
         # Of all chunks, the reduce-scatter leaves out rank+1, the all-gather rank+2.
         return 2 * nbytes - sizes[(self.rank + 1) % self.world] - sizes[(self.rank + 2) % self.world]
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: float) -> None:
         self._endpoint.pace(bytes_per_s)
 
     def close(self) -> None:

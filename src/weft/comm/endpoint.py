@@ -150,7 +150,7 @@ class Endpoint(ABC):
     def close(self, error: CommError | None = None) -> None:
         """Say goodbye, and why, if with an error; release everything. Safe to call twice."""
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: float) -> None:
         """Send no more than this to each peer present, from now on."""
         raise Incompatible(f"a {type(self).__name__} has no sockets whose pace could be set: use --link tcp.")
 

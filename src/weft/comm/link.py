@@ -73,7 +73,7 @@ class Link(ABC):
     def all_reduce_bytes(self, nbytes: int) -> int:
         """Bytes that this rank sends in an all-reduce of ``nbytes`` (for the plan; a law says that counting agrees)."""
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: float) -> None:
         """Send no more than this to each peer from now on, to see how a slower network would do."""
         raise Incompatible(f"link {self.carrier!r} has no sockets whose pace could be set: use --link tcp.")
 

@@ -362,9 +362,9 @@ class TcpEndpoint(Endpoint):
         self._connected[peer] = connection
         self._has_joined(peer, hello.incarnation)
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: float) -> None:
         for connection in self._connected.values():
-            connection.sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, bytes_per_s)
+            connection.sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, max(1, round(bytes_per_s)))
 
     def close(self, error: CommError | None = None) -> None:
         if self._closed:

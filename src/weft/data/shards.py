@@ -241,7 +241,8 @@ def open_shard(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        cure = f"Give its files: '{path}/*.txt'." if os.path.isdir(path) else "Give a file that can be read."
+        raise DataError(f"{path} cannot be read: {error.strerror}. {cure}") from error
 
 
 def check_unchanged(file: BinaryIO, entry: FileIndex) -> None:

@@ -161,7 +161,7 @@ def make_plan(
             for m in range(role.count)
         ],
         links=pattern.links(facts, config, lambda n, world: cost.all_reduce_bytes(carrier, n, world), carrier),
-        checkpoints=checkpoint_policy(config, save_every),
+        checkpoints=checkpoint_policy(config, save_every, total_steps),
         choices={
             "link": f"{carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
@@ -185,8 +185,8 @@ def save_interval(config: Config, total_steps: int, period: int) -> int:
     return math.ceil(every / period) * period
 
 
-def checkpoint_policy(config: Config, every: int) -> str:
-    when = f"every {every} steps and at the end" if every else "at the end"
+def checkpoint_policy(config: Config, every: int, total_steps: int) -> str:
+    when = f"every {every} steps and at the end" if 0 < every < total_steps else "at the end"
     return f"{when}, the last {config.keep} are kept"
 
 

@@ -53,7 +53,8 @@ class RunResult:
 class Totals:
     """What the result says, added up from ticks."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
         self.losses: deque[tuple[int, float]] = deque(maxlen=4 * TRAIN_LOSS_STEPS)
         self.bytes_sent = 0
         self.metrics: dict[str, float] = {}
@@ -70,8 +71,11 @@ class Totals:
         values = event.values
         if event.kind == "loss" or event.member == 0:
             self.losses += losses_of(event)
-        if event.kind == "saved":
+        if event.kind == "saved" and event.step < self.total_steps:  # what comes last makes nobody wait for a step
             self.saving_s += values["seconds"]
+        if event.kind == "balance":  # what limits the run is what limits it with these shares
+            self.spent.clear()
+            self.saving_s = 0.0
         if event.kind != "ticks":
             return
         self._add_spent(event)

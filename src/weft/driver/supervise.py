@@ -73,7 +73,7 @@ class Driver:
     ) -> None:
         self.prepared, self.folder, self.session = prepared, folder, session
         self.observer, self.interrupts = observer, interrupts
-        self.totals = Totals()
+        self.totals = Totals(prepared.total_steps)
         self.losses = LossJoiner(0)
         self.heard_s = 0.0
         self.log = EventLog(folder.events)
@@ -163,7 +163,7 @@ class Driver:
             if self.interrupts.count and stop_asked_s == math.inf:
                 stop_asked_s = now
                 again = "" if self.interrupts.once else "; Ctrl-C again stops at once"
-                self.tell("warning", text=f"stopping after this step and saving{again}")
+                self.tell("warning", text=f"stopping at the next step where all can, and saving{again}")
                 self.session.request_stop()
             too_late = now - max(stop_asked_s, self.heard_s) > config.deadline_s + STOP_S
             if alive and not killed and (self.interrupts.count > 1 or too_late):

@@ -73,6 +73,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     indexes: dict[str, Index] = {}  # of what is sharded: "training", "held-out"
     about_data: list[str] = []  # how it streams, in words, for the plan
     owned: list[int] = []  # training examples of each worker, where shards make them unequal
+    rate_drops_at: int | None = (
+        None  # updates after which the learning rate is at most half of its highest; None: never
+    )
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -214,6 +217,11 @@ class Pattern(ABC):
     def writer_for(self, rank: int) -> int:
         """Whose part of a checkpoint holds what this rank keeps for itself."""
         return 0
+
+    @property
+    def goes_by_rate(self) -> bool:
+        """It needs to know when the learning rate drops (Facts.rate_drops_at)."""
+        return False
 
     def period(self, facts: Facts, config: Config) -> int:
         """Steps from one moment at which all replicas are equal to the next: saving there costs no exchange."""

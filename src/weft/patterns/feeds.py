@@ -110,6 +110,8 @@ class Streamed:
         self.drawn += len(joined)
         if draw.last:
             self._end_epoch()
+        elif self.num_examples is not None and self.drawn > self.num_examples:
+            raise self._longer(self.num_examples)
         return draw
 
     def batch(self, indices: Indices) -> Any:
@@ -179,8 +181,16 @@ class Streamed:
     def _end_epoch(self) -> None:
         if self.num_examples is not None and self.drawn < self.num_examples:
             raise self._shorter(self.drawn)
+        if self.num_examples is not None and (self.drawn > self.num_examples or self._pull(1)):
+            raise self._longer(self.num_examples)
         self.num_examples = self.num_examples or self.drawn
         self.epoch, self.drawn, self._iterator = self.epoch + 1, 0, None
+
+    def _longer(self, expected: int) -> DataError:
+        return DataError(
+            f"{name_of(self.dataset)} gave more than {expected} examples in epoch {self.epoch + 1} (its length, or what an earlier "
+            "pass gave): what comes after would never be used. Mend its __len__, or give a stream that is the same in every pass."
+        )
 
     def _shorter(self, place: int) -> DataError:
         expected = self.num_examples or self.drawn

@@ -3,7 +3,7 @@
 One rule (inner optimizer, H, outer optimizer): after H updates D = mean of (theta_before - theta_i), weighted by examples,
 and theta = outer.step(gradient = D). By its arguments it is
   local SGD / periodic averaging   every=H                                     (Stich 2019, arXiv 1805.09767)
-  post-local SGD                   start=N or lr_drop: every step until then   (Lin et al. 2020, arXiv 1808.07217)
+  post-local SGD                   start=N or lr_drop: gradients until then    (Lin et al. 2020, arXiv 1808.07217)
   SlowMo, for a constant rate      outer=slowmo                                (Wang et al. 2020, arXiv 1910.00643)
   DiLoCo                           outer=diloco, an inner AdamW, every=100-500 (Douillard et al. 2023, arXiv 2311.08105)
 Bytes fall by H. The inner optimizer's state stays with its worker, and is checkpointed there.
@@ -80,7 +80,10 @@ class LocalSGD(Pattern):
     every: int | Literal["epoch"] = field(default=20, metadata={"doc": "steps between exchanges"})
     outer: Outer = field(default=Outer(), metadata={"doc": "what is done with the mean; or outer.lr= and so on"})
     start: int | Literal["lr_drop"] = field(
-        default=0, metadata={"doc": "until then gradients are averaged at each step (post-local SGD)"}
+        default=0,
+        metadata={
+            "doc": "until then gradients are averaged at each step (post-local SGD); lr_drop: until the rate is half its highest"
+        },
     )
     island: int = field(default=1, metadata={"doc": "workers next to each other that train as one"})
     within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
@@ -93,6 +96,14 @@ class LocalSGD(Pattern):
     def roles(self, workers: int) -> tuple[Role, ...]:
         does = "holds the whole model, trains on its share of each batch, meets the others now and then"
         return (Role("worker", workers, "weft.patterns.training:train", does),)
+
+    @property
+    def goes_by_rate(self) -> bool:
+        return self.start == "lr_drop"
+
+    def begins(self, facts: Facts) -> int:
+        """Updates made together before the workers part."""
+        return self.start if self.start != "lr_drop" else facts.rate_drops_at or 0
 
     def period(self, facts: Facts, config: Config) -> int:
         return config.steps_per_epoch(facts.train_examples or 1) if self.every == "epoch" else self.every
@@ -113,6 +124,11 @@ class LocalSGD(Pattern):
             raise ConfigError(
                 f"{what} is longer than the run of {total} steps: the workers would never meet on the way. Give at most "
                 f"every={total}, or more --steps."
+            )
+        if self.goes_by_rate and facts.rate_drops_at is None:
+            raise ConfigError(
+                f"start=lr_drop: in the {total} steps of this run the task's schedule never brings the learning rate to half of its "
+                "highest, so the workers would never part. Give a number of steps, start=N."
             )
         if isinstance(self.start, int) and self.start >= total:
             raise ConfigError(
@@ -137,43 +153,74 @@ class LocalSGD(Pattern):
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         result: list[LinkPlan] = []
-        if self.island > 1:
-            inside = self.inner.among(facts, self.island, bytes_for, carrier)
-            result += [msgspec.structs.replace(inside, group=ISLAND)] if inside else []
-        if config.workers == 1:
+        workers, total = config.workers, config.total_steps(facts.train_examples)
+        if self.island > 1 and (inside := self.inner.among(facts, self.island, bytes_for, carrier)):
+            islands = [f"{first}-{first + self.island - 1}" for first in range(0, workers, self.island)]
+            who = f"within each of {len(islands)} islands (workers {', '.join(islands)})"
+            apart = round(inside.bytes_per_step * (total - self.begins(facts)) / total)
+            result.append(msgspec.structs.replace(inside, members=who, group=ISLAND, bytes_per_step=apart))
+        if workers == 1:
             return result
         running = sum(b.nbytes for b in facts.buffers if b.running)
-        nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(config.workers)
-        once, period = bytes_for(nbytes, config.workers), self.period(facts, config)
+        nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(workers)
+        once, meetings = bytes_for(nbytes, workers), self.meetings(facts, config)
         dtypes = ", ".join(dict.fromkeys(p.dtype for p in facts.params if p.trainable))
-        what = f"parameter deltas ({dtypes}), {once:,} bytes every {period} steps"
-        if self.start:
-            until = f"step {self.start}" if self.start != "lr_drop" else "the learning rate drops"
-            what += f"; until {until} gradients at each step instead, which are not counted here"
+        what = f"parameter deltas ({dtypes}), {once:,} bytes in each of {meetings} meetings"
+        sent = once * meetings
+        if (begins := self.begins(facts)) and (together := self.inner.among(facts, workers, bytes_for, carrier)):
+            what += f"; in the first {begins} steps {together.what} instead, {together.bytes_per_step:,} bytes a step"
+            sent += together.bytes_per_step * begins
         return [
             *result,
             LinkPlan(
-                members=f"ring of {config.workers} workers",
+                members=f"ring of all {workers} workers",
                 carrier=carrier,
-                bytes_per_step=round(once / period),
+                bytes_per_step=round(sent / total),
                 what=what,
             ),
         ]
 
+    def meetings(self, facts: Facts, config: Config) -> int:
+        """How often the workers meet: a period after they part or last met; before an evaluation or a save; at the end."""
+        total, period = config.total_steps(facts.train_examples), self.period(facts, config)
+        asked = [every for every in (config.eval_every, config.save_every or 0) if every]
+        count, step = 0, self.begins(facts)
+        while step < total:
+            due = step + period if self.every != "epoch" else (step // period + 1) * period
+            step = min(due, total, *((step // every + 1) * every for every in asked))
+            count += 1
+        return count
+
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         result = self.within.memory(facts, self.island)
         trained = sum(p.nbytes for p in facts.params if p.trainable)
+        if self.start and workers > 1:
+            result["gradients"] += trained  # an arena of all workers, beside that of the island
         return result | {"last meeting": trained * (3 if self.outer.momentum else 2)}  # where from, delta, momentum
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
-        result = [n for n in self.within.notes(facts, config) if "running buffers" not in n]
+        result = []
+        if begins := self.begins(facts):
+            why = " (then the learning rate is half of its highest, or less)" if self.goes_by_rate else ""
+            result.append(f"together, as allreduce, until step {begins}{why}; then apart")
         if any(b.running for b in facts.buffers):
             result.append("running buffers (BatchNorm): averaged over workers, weighted by examples, at each meeting")
+        if any(p.sparse for p in facts.params):
+            result.append("sparse parameters travel whole at each meeting, as the others do")
+        if frozen := sum(not p.trainable for p in facts.params):
+            result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
+        if self.island == config.workers and self.outer == Outer.presets["average"]:
+            result.append(
+                "all workers train as one: meetings change nothing, --pattern allreduce does the same and sends less"
+            )
         period = self.period(facts, config)
         asked = {"evaluations": config.eval_every, "checkpoints": config.save_every or 0}
         for what, steps in asked.items():
             if steps and steps % period:
-                result.append(f"{what} every {steps} steps fall between the meetings: each is one more meeting")
+                result.append(
+                    f"{what} every {steps} steps fall between the meetings: there the workers meet, too, and count anew, so "
+                    "that the result depends on them"
+                )
         result.append("Ctrl-C takes effect at the next meeting (twice: at once)")
         return result
 
@@ -189,4 +236,7 @@ class LocalSGD(Pattern):
     def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.periodic import PeriodicMean
 
-        return PeriodicMean(replica, self.every, self.outer, self.start, replica.ctx.groups.get(ISLAND), self.island)
+        ctx = replica.ctx
+        return PeriodicMean(
+            replica, self.every, self.outer, self.begins(ctx.facts), ctx.groups.get(ISLAND), self.island
+        )

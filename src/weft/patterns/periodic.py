@@ -35,7 +35,7 @@ class PeriodicMean(Exchange):
         replica: Replica,
         every: int | Literal["epoch"],
         outer: Outer,
-        start: int | Literal["lr_drop"],
+        start: int,
         island: Link | None,
         size: int,
     ) -> None:
@@ -45,9 +45,8 @@ class PeriodicMean(Exchange):
         self.inner = JoinedMean(replica, island or SoloLink(), range(first, first + size))
         self.size = size
         self.writers = range(0, ctx.world, size)
-        self.apart = start == 0
+        self.apart = replica.step >= start
         self.together = None if self.apart else JoinedMean(replica, self.link)
-        self.first_rate = self._rate()
         # what all agreed on last, flat and by name; how far this rank went from there; the step along their mean
         with torch.no_grad():
             self.delta = Arena(replica.params, self.link)
@@ -74,7 +73,7 @@ class PeriodicMean(Exchange):
 
     def parameters(self, step: int) -> None:
         if not self.apart:
-            if self._rate() < self.first_rate if self.start == "lr_drop" else step >= self.start:
+            if step >= self.start:
                 self.apart = True
                 self._set_out()
             return
@@ -126,13 +125,10 @@ class PeriodicMean(Exchange):
     def _count_anew(self) -> None:
         self.since, self.weight, self.expected = 0, 0.0, 0
 
-    def _rate(self) -> float:
-        return float(self.replica.optimizer.param_groups[0]["lr"])
-
     # -- state
 
     def state(self) -> dict[str, Any]:
-        return {"apart": self.apart, "first_rate": self.first_rate, "outer": self.optimizer.state_dict()["state"]}
+        return {"outer": self.optimizer.state_dict()["state"]}
 
     def own_state(self) -> dict[str, Any]:
         return {"optimizer": optimizer_state_by_name(self.replica.optimizer, self.replica.params)}
@@ -140,7 +136,6 @@ class PeriodicMean(Exchange):
     def load(self, resume: Resume) -> None:
         """Under another number of workers each begins with the mean of the inner optimizers' states."""
         state = resume.parts[FIRST_PART]["exchange"]
-        self.apart, self.first_rate = state["apart"], state["first_rate"]
         kept = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state["outer"], "param_groups": kept["param_groups"]})
         if resume.world == self.link.world:

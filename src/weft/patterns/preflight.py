@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -49,6 +50,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
     optimizer = task.optimizer(list(params.values()))
     check_optimizer(optimizer, params, name)
     check_schedule(task.schedule(optimizer, 100), name)
+    drop = rate_drop(task, list(params.values()), config.total_steps(data.num_train)) if pattern.goes_by_rate else None
 
     share = -(-config.batch // config.workers)
     batches = Batches(data.train, task, device, dtype)
@@ -113,6 +115,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         indexes=data.indexes,
         about_data=data.notes,
         owned=data.owned,
+        rate_drops_at=drop,
     )
     pattern.check(facts, config)
     return facts
@@ -235,6 +238,24 @@ def check_schedule(schedule: Any, name: str) -> None:
         )
     if schedule is not None and not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
         raise TaskError(f"{name}.schedule returned {type(schedule).__name__}: return a torch LRScheduler, or None.")
+
+
+def rate_drop(task: Task, params: list[nn.Parameter], total_steps: int) -> int | None:
+    """After how many updates the rate is at most half of the highest so far; None if in no update but the last."""
+    optimizer = task.optimizer(params)
+    schedule = task.schedule(optimizer, total_steps)
+    if schedule is None:
+        return None
+    highest = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses the updates between the schedule's steps
+        for step in range(total_steps):
+            rate = float(optimizer.param_groups[0]["lr"])
+            if rate <= highest / 2:
+                return step
+            highest = max(highest, rate)
+            schedule.step()
+    return None
 
 
 def nbytes(tensor: Tensor) -> int:
