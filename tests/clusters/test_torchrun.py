@@ -401,10 +401,10 @@ def test_killing_torchrun_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_local_run_goes_on_under_torchrun_and_back(tmp_path: Path, truth: dict) -> None:
+def test_a_local_run_goes_on_under_torchrun(tmp_path: Path, truth: dict) -> None:
     run_dir = tmp_path / "run"
     with pytest.raises(weft.MemberFailed):
-        weft.run("digits-mlp", workers=1, **JOB, run_dir=run_dir, faults=[kill(rank=0, step=30)])
+        weft.run("digits-mlp", workers=3, **JOB, run_dir=run_dir, faults=[kill(rank=0, step=30)])
     code, out, err = finished(torchrun("-m", "weft", "resume", str(run_dir), "--json"))
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["world"] == 2
