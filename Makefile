@@ -10,7 +10,7 @@ install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tasks,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tasks,tensorboard,prometheus,dev]"
 	touch $@
 
 # A small convolutional network learns scanned digits on two workers.
@@ -31,6 +31,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/step.py --save
+	$(BIN)/python bench/balance.py --save
+	$(BIN)/python bench/reporting.py --save
 
 # Runs (runs/) are the user's: they stay.
 clean:

@@ -9,12 +9,14 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,18 @@ def run(command: Sequence[str], env: dict[str, str] | None = None, timeout_s: fl
         said = (done.stderr or done.stdout)[-3000:]
         raise SystemExit(f"exit status {done.returncode} of: {' '.join(command)}\n{said}")
     return done.stdout
+
+
+def peer_python() -> str:
+    """The interpreter of the peers' own environment, made the first time from bench/peers/requirements.txt."""
+    place, wanted = PEERS / ".venv", (PEERS / "requirements.txt").read_text()
+    ready = place / ".ready"
+    if not ready.exists() or ready.read_text() != wanted:
+        run([sys.executable, "-m", "venv", "--clear", str(place)])
+        python = str(place / "bin" / "python")
+        run([python, "-m", "pip", "install", "--quiet", "-r", str(PEERS / "requirements.txt")], timeout_s=1800)
+        ready.write_text(wanted)
+    return str(place / "bin" / "python")
 
 
 def machine() -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Step time and start-up of Weft against torch DDP over Gloo, and of one worker against a plain torch loop.
+"""Step time and start-up of Weft against torch DDP over Gloo, HF Accelerate and Lightning Fabric; of one worker against a
+plain torch loop.
 
     python bench/step.py [--quick] [--only vs_ddp_digits ...] [--rounds N] [--save]
 
 Both sides run in the same call, in turns, the first of a round alternating; every ratio is taken within a round, and
-the median and the spread over rounds are printed. DDP's figure is that of its best bucket setting. Step times are
-steady state: warm-up, start-up, evaluation and saving stand outside the clock. One torch thread per worker.
+the median and the spread over rounds are printed. DDP's figure is that of its best bucket setting (with --quick it has
+one). Step times are steady state: warm-up, start-up, evaluation and saving stand outside the clock. One torch thread per
+worker. The peers run in an environment of their own (bench/peers), made the first time, with the same torch.
 
-Last line: one JSON object. vs_ddp_*: DDP's step time / Weft's (more than 1: Weft is quicker). overhead_one_worker*:
+Last line: one JSON object. vs_*: the peer's step time / Weft's (more than 1: Weft is quicker). overhead_one_worker*:
 Weft's step time / the plain loop's - 1. startup_vs_torchrun: seconds from starting the command to the end of the first
 training step, torchrun's / Weft's, in the runs of vs_ddp_digits.
 """
@@ -18,18 +20,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import Sample, machine, ratio, run, save
+from harness import Sample, machine, peer_python, ratio, run, save
 
+import weft
 from weft.events import read_events
 
 PEER = str(Path(__file__).parent / "peers" / "torch_loop.py")
 SETTINGS = ("copy", "view", "view+static")
+FRAMEWORKS = ("accelerate", "fabric")
 WEFT = (sys.executable, "-c", "from weft.cli import main; main()")  # as the console script does
+WEFT_SOURCE = str(Path(weft.__file__).parents[1])  # the peers train on Weft's tasks
 STARTUP_OF = "vs_ddp_digits"
 
 
@@ -45,6 +50,7 @@ class Case:
     warmup: tuple[int, int]
     steps: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)
+    frameworks: bool = False  # Accelerate and Fabric, too
 
 
 def digits(name: str, workers: int, warmup: tuple[int, int], steps: tuple[int, int]) -> Case:
@@ -58,7 +64,7 @@ def codelm(name: str, size: str, batch: int, workers: int, warmup: tuple[int, in
 
 CASES = [
     digits("vs_ddp_digits", 2, (100, 50), (1500, 300)),
-    codelm("vs_ddp_codelm_small", "small", 8, 2, (5, 2), (25, 4)),
+    replace(codelm("vs_ddp_codelm_small", "small", 8, 2, (5, 2), (25, 4)), frameworks=True),
     codelm("vs_ddp_codelm_medium", "medium", 4, 2, (3, 1), (10, 2)),
     codelm("overhead_one_worker", "small", 8, 1, (5, 2), (30, 4)),
     digits("overhead_one_worker_digits", 1, (100, 50), (1500, 300)),
@@ -91,9 +97,10 @@ def main() -> None:
     for case in CASES:
         if args.only and case.name not in args.only:
             continue
-        ours, theirs = measure(case, case.warmup[args.quick], case.steps[args.quick], rounds)
+        settings = (SETTINGS[-1:] if args.quick else SETTINGS) + (FRAMEWORKS if case.frameworks else ())
+        ours, theirs = measure(case, settings, case.warmup[args.quick], case.steps[args.quick], rounds)
         samples[case.name] = {"weft": [r._asdict() for r in ours], "peer": [r._asdict() for r in theirs]}
-        ratios[case.name] = report_steps(case, ours, theirs, say)
+        ratios |= report_steps(case, ours, theirs, say)
         if case.name == STARTUP_OF:
             ratios["startup_vs_torchrun"] = report_startup(ours, theirs, say)
     if args.save:
@@ -102,23 +109,24 @@ def main() -> None:
     print(json.dumps(ratios))
 
 
-def measure(case: Case, warmup: int, steps: int, rounds: int) -> tuple[list[Run], list[Run]]:
+def measure(case: Case, settings: Sequence[str], warmup: int, steps: int, rounds: int) -> tuple[list[Run], list[Run]]:
     """Weft's runs and the peer's, in turns; in odd rounds the peer goes first."""
     ours: list[Run] = []
     theirs: list[Run] = []
     for number in range(rounds):
         if number % 2:
-            theirs.append(torch_run(case, warmup, steps, number))
+            theirs.append(torch_run(case, settings, warmup, steps, number))
         ours.append(weft_run(case, warmup, steps))
         if number % 2 == 0:
-            theirs.append(torch_run(case, warmup, steps, number))
+            theirs.append(torch_run(case, settings, warmup, steps, number))
     return ours, theirs
 
 
-def report_steps(case: Case, ours: list[Run], theirs: list[Run], say: Callable[[str], None]) -> float:
-    """The figure that the case is named for."""
+def report_steps(case: Case, ours: list[Run], theirs: list[Run], say: Callable[[str], None]) -> dict[str, float]:
+    """The figure that the case is named for, and those against the frameworks."""
     weft = Sample([r.step_s["weft"] for r in ours])
-    peers = {setting: Sample([r.step_s[setting] for r in theirs]) for setting in theirs[0].step_s}
+    timed = {setting: Sample([r.step_s[setting] for r in theirs]) for setting in theirs[0].step_s}
+    peers = {setting: sample for setting, sample in timed.items() if setting not in FRAMEWORKS}
     best = min(peers, key=lambda setting: peers[setting].median)
     who = "plain loop" if case.workers == 1 else f"DDP ({best})"
     say(f"{case.name}: Weft {weft.text(1e3, ' ms')}, {who} {peers[best].text(1e3, ' ms')} a step")
@@ -127,10 +135,18 @@ def report_steps(case: Case, ours: list[Run], theirs: list[Run], say: Callable[[
     if case.workers > 1:
         speedup = ratio(peers[best], weft)
         say(f"    DDP / Weft {speedup.text(digits=3)}")
-        return round(speedup.median, 3)
+        found = {case.name: round(speedup.median, 3)}
+        for framework in FRAMEWORKS:
+            if framework in timed:
+                speedup = ratio(timed[framework], weft)
+                say(
+                    f"vs_{framework}: {framework} {timed[framework].text(1e3, ' ms')} a step, / Weft {speedup.text(digits=3)}"
+                )
+                found[f"vs_{framework}"] = round(speedup.median, 3)
+        return found
     overhead = Sample([r - 1 for r in ratio(weft, peers[best]).values])
     say(f"    Weft / plain - 1 = {overhead.text(100, ' %')}")
-    return round(overhead.median, 4)
+    return {case.name: round(overhead.median, 4)}
 
 
 def report_startup(ours: list[Run], theirs: list[Run], say: Callable[[str], None]) -> float:
@@ -156,15 +172,15 @@ def weft_run(case: Case, warmup: int, steps: int) -> Run:
     return Run({"weft": step_s}, ticks[0].time - begun)
 
 
-def torch_run(case: Case, warmup: int, steps: int, number: int) -> Run:
-    """DDP under torchrun in each setting, another one first in each round; for one worker the plain loop."""
+def torch_run(case: Case, settings: Sequence[str], warmup: int, steps: int, number: int) -> Run:
+    """Under torchrun in each setting, another one first in each round; for one worker the plain loop."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.workers)]
-    command = [sys.executable, *(launcher if case.workers > 1 else []), PEER, case.target]
+    command = [peer_python(), *(launcher if case.workers > 1 else []), PEER, case.target]
     command += ["--options", json.dumps(case.options), "--batch", str(case.batch)]
-    first = number % len(SETTINGS)
-    command += ["--warmup", str(warmup), "--steps", str(steps), "--settings", *SETTINGS[first:], *SETTINGS[:first]]
+    first = number % len(settings)
+    command += ["--warmup", str(warmup), "--steps", str(steps), "--settings", *settings[first:], *settings[:first]]
     begun = time.time()
-    said = json.loads(run(command, env={"OMP_NUM_THREADS": "1"}).splitlines()[-1])
+    said = json.loads(run(command, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": WEFT_SOURCE}).splitlines()[-1])
     return Run(said["step_s"], said["first_step_at"] - begun)
 
 

@@ -93,6 +93,13 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"partition": "dirichelt:0.3"}, UnknownName, ["'dirichelt'", "'dirichlet'"]),
         ({"partition": "dirichlet:-1"}, ConfigError, ["alpha=-1"]),
         ({"partition": "by-key"}, TaskError, ["def client_of(self, index)"]),
+        ({"balance": "equal", "workers": 2}, UnknownName, ["'equal'", "none", "auto"]),
+        ({"balance": "auto"}, Incompatible, ["'auto'", "only one", "--balance out"]),
+        (
+            {"balance": "auto", "workers": 2, "partition": "contiguous"},
+            Incompatible,
+            ["'contiguous'", "own shard", "--partition shuffle"],
+        ),
         ({"workers": 250, "batch": 250}, DataError, ["250 workers", "211"]),
         ({"batch": 500}, ConfigError, ["batch 500", "211"]),
     ],
@@ -105,6 +112,12 @@ def test_is_refused_in_words(settings: dict[str, Any], kind: type[WeftError], wo
     assert caught.value.code == 2
     assert os.listdir(".") in ([], ["runs"])
     assert not Path("runs").exists() or os.listdir("runs") == []
+
+
+def test_balance_is_refused_of_a_pattern_that_knows_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weft.AllReduce, "balances", False)
+    with pytest.raises(Incompatible, match=r"balance 'auto' needs every worker's time.*pattern 'allreduce'"):
+        run(workers=2, balance="auto")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -224,6 +224,7 @@ def test_a_stop_and_a_resume_are_bit_equal(tmp_path: Path, undisturbed: dict) ->
     assert_bit_equal(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_resume_with_another_world_is_equal_to_rounding(tmp_path: Path) -> None:
     job = JOB | {"dtype": "float64"}
     truth = final_parameters(weft.run(**job, run_dir=tmp_path / "truth").run_dir)
@@ -236,6 +237,7 @@ def test_resume_with_another_world_is_equal_to_rounding(tmp_path: Path) -> None:
     assert max(float((got[n] - truth[n]).abs().max()) for n in truth) <= 1e-9 * norm
 
 
+@pytest.mark.slow
 def test_two_quick_ctrl_c_still_say_how_to_resume(tmp_path: Path) -> None:
     for pause_s in (0.03, 0.07, 0.12):
         run_dir = tmp_path / str(pause_s)
@@ -267,6 +269,7 @@ class DiesOnce(Augmented):
         return super().evaluate(model, batch)
 
 
+@pytest.mark.slow
 def test_a_death_after_the_last_update_costs_no_result(tmp_path: Path) -> None:
     job = {"workers": 2, "steps": 30}
     truth = weft.run(Augmented(), **job, run_dir=tmp_path / "truth")

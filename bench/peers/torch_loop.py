@@ -1,8 +1,8 @@
-"""The peer of step.py: a plain torch training loop on a task of Weft's; under torchrun, in DDP over Gloo.
+"""The peers of step.py: a plain torch loop on a task of Weft's; under torchrun in DDP over Gloo, HF Accelerate, Lightning Fabric.
 
 Model, data, loss, optimizer and schedule are the task's own, so that both sides do the same work, and batches are cut
-by direct indexing, not by a DataLoader. Of several DDP settings each is timed on a new model in the same process; the
-harness takes the best. Rank 0 prints one JSON object: seconds per step by setting, and when the very first step ended.
+by direct indexing, not by a DataLoader. Each setting is timed on a new model in the same process; of DDP's the harness
+takes the best, and Accelerate and Fabric, which wrap DDP, get the same bucket views. Rank 0 prints one JSON object: seconds per step by setting, and when the very first step ended.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from weft.data.keys import key_int
 
 Model = torch.nn.Module
 
-SETTINGS: dict[str, dict[str, bool]] = {
+DDP: dict[str, dict[str, bool]] = {
     "copy": {"gradient_as_bucket_view": False},
     "view": {"gradient_as_bucket_view": True},
     "view+static": {"gradient_as_bucket_view": True, "static_graph": True},
 }
+VIEW = DDP["view+static"]
 
 
 def main() -> None:
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True, help="examples per worker and step")
     parser.add_argument("--warmup", type=int, required=True, help="steps before the clock starts")
     parser.add_argument("--steps", type=int, required=True, help="steps under the clock")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["view"], help="of DDP, in this order")
+    parser.add_argument(
+        "--settings", nargs="+", choices=[*DDP, "accelerate", "fabric"], default=["view"], help="in turn"
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -54,9 +57,12 @@ def main() -> None:
     for setting in args.settings if world > 1 else ["plain"]:
         torch.manual_seed(key_int(0, "init"))  # Weft's weights: a step's time depends on them (max-pooling branches)
         model: Model = task.model()
-        if world > 1:
-            model = DistributedDataParallel(model, **SETTINGS[setting])
-        step_s[setting] = time_steps(task, model, batches, args.warmup, args.steps, first_step_at)
+        optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
+        schedule = task.schedule(optimizer, args.warmup + args.steps)
+        model, optimizer, backward = prepare(setting, model, optimizer, world)
+        step_s[setting] = time_steps(
+            task, model, optimizer, schedule, backward, batches, args.warmup, args.steps, first_step_at
+        )
     if rank == 0:
         print(json.dumps({"step_s": step_s, "first_step_at": first_step_at[0]}), flush=True)
     if world > 1:
@@ -64,18 +70,45 @@ def main() -> None:
         os._exit(0)  # torch 2.13 at times aborts while it takes Gloo's threads down
 
 
+def prepare(setting: str, model: Model, optimizer: Any, world: int) -> tuple[Model, Any, Callable[[Any], None]]:
+    """Model, optimizer and the call that goes backward from a loss, as this setting's own documentation has them."""
+    if setting == "accelerate":
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**VIEW)])
+        model, optimizer = accelerator.prepare(model, optimizer)
+        return model, optimizer, accelerator.backward
+    if setting == "fabric":
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
+
+        strategy = DDPStrategy(process_group_backend="gloo", **VIEW)
+        fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy)
+        fabric.launch()
+        model, optimizer = fabric.setup(model, optimizer)
+        return model, optimizer, fabric.backward
+    wrapped = DistributedDataParallel(model, **DDP[setting]) if world > 1 else model
+    return wrapped, optimizer, lambda loss: loss.backward()
+
+
 def time_steps(
-    task: Any, model: Model, batches: Iterator[Any], warmup: int, steps: int, first_step_at: list[float]
+    task: Any,
+    model: Model,
+    optimizer: Any,
+    schedule: Any,
+    backward: Callable[[Any], None],
+    batches: Iterator[Any],
+    warmup: int,
+    steps: int,
+    first_step_at: list[float],
 ) -> float:
     """Seconds per step over ``steps`` steps after ``warmup``."""
-    optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
-    schedule = task.schedule(optimizer, warmup + steps)
     begun = time.perf_counter()
     for step in range(warmup + steps):
         if step == warmup:
             begun = time.perf_counter()
         optimizer.zero_grad()
-        task.loss(model, next(batches)).backward()
+        backward(task.loss(model, next(batches)))
         optimizer.step()
         if schedule is not None:
             schedule.step()

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from weft.errors import TaskError as TaskError
     from weft.errors import WeftError as WeftError
     from weft.patterns.allreduce import AllReduce as AllReduce
+    from weft.patterns.local_sgd import LocalSGD as LocalSGD
+    from weft.patterns.local_sgd import Outer as Outer
     from weft.task import Defaults as Defaults
     from weft.task import Task as Task
 
@@ -31,7 +33,9 @@ _HOMES = {
     "InProcess": "weft.clusters.inprocess",
     "Interrupted": "weft.errors",
     "Local": "weft.clusters.local",
+    "LocalSGD": "weft.patterns.local_sgd",
     "MemberFailed": "weft.errors",
+    "Outer": "weft.patterns.local_sgd",
     "RunResult": "weft.driver",
     "Task": "weft.task",
     "TaskError": "weft.errors",

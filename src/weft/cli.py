@@ -43,6 +43,7 @@ TaskSettings = Annotated[
         "-t", help="an option of the task, key=value; may be given again", default_factory=list, show_default=False
     ),
 ]
+Data = Annotated[str | None, typer.Option(metavar="FILE", help="short for -t data=FILE, a file or a glob in quotes")]
 PatternSettings = Annotated[
     list[str],
     typer.Option(
@@ -65,6 +66,12 @@ Partition = Annotated[
         help="who gets which examples: shuffle (dealt anew each epoch), random, stratified, contiguous, dirichlet:0.3, ..."
     ),
 ]
+Balance = Annotated[
+    str,
+    typer.Option(
+        help="none: equal shares of a batch; auto: shares by each worker's measured speed, for the same update"
+    ),
+]
 Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp, gloo, nccl")]
 Port = Annotated[
     int, typer.Option(help="with --link tcp: worker r listens on port + r of the loopback address (0: any free)")
@@ -79,6 +86,12 @@ SaveEvery = Annotated[
 EvalEvery = Annotated[int, typer.Option(help="steps between evaluations on held-out data (0: only at the end)")]
 Keep = Annotated[int, typer.Option(help="how many checkpoints are kept")]
 Restarts = Annotated[int, typer.Option(help="how often the run may come back by itself after a failure")]
+Trace = Annotated[bool, typer.Option("--trace", help="record what each member does when: trace.json, for Perfetto")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write TensorBoard events into the run folder")]
+MetricsPort = Annotated[
+    int,
+    typer.Option(help="serve Prometheus metrics on this port of the loopback address (0: any free; -1: none)"),
+]
 RunDir = Annotated[Path | None, typer.Option(help="folder of the run [default: a new one in runs/]")]
 Cluster = Annotated[
     str,
@@ -101,6 +114,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         t: TaskSettings,
         o: PatternSettings,
         pattern: PatternOption = "allreduce",
+        data: Data = None,
         workers: Workers = None,
         steps: Steps = None,
         epochs: Epochs = None,
@@ -109,6 +123,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         dtype: Dtype = "float32",
         device: Device = "auto",
         partition: Partition = "shuffle",
+        balance: Balance = "none",
         link: Link = "auto",
         port: Port = 0,
         threads: Threads = 1,
@@ -117,6 +132,9 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         eval_every: EvalEvery = 0,
         keep: Keep = 3,
         restarts: Restarts = 0,
+        trace: Trace = False,
+        tensorboard: TensorBoard = False,
+        metrics_port: MetricsPort = -1,
         insecure: Insecure = False,
         run_dir: RunDir = None,
         cluster: Cluster = "auto",
@@ -126,6 +144,8 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 
         request = locals().copy()
         settings = {name: request[name] for name in SETTINGS}
+        if data is not None:
+            t = [*t, f"data={os.path.abspath(data)}"]  # a resume may start elsewhere
         session, config = _open(task, t, pattern, o, cluster, settings)
         with session, _terminal(json_, follows(config.cluster)) as terminal:
             act(config, session, terminal, run_dir)
@@ -136,8 +156,19 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 
 #: Of the arguments of a training command, those that are fields of Config by the same name.
 SETTINGS = (
-    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "link", "port", "threads"),
-    *("deadline_s", "save_every", "eval_every", "keep", "restarts", "insecure"),
+    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "balance", "link", "port"),
+    *(
+        "threads",
+        "deadline_s",
+        "save_every",
+        "eval_every",
+        "keep",
+        "restarts",
+        "trace",
+        "tensorboard",
+        "metrics_port",
+        "insecure",
+    ),
 )
 
 
@@ -169,6 +200,7 @@ app.command("explain")(_training_command(_explain))
 def resume(
     run_dir: RunArgument,
     workers: Annotated[int | None, typer.Option("--workers", "-w", help="another number of workers")] = None,
+    balance: Annotated[str | None, typer.Option(help="another way to share a batch: none or auto")] = None,
     link: Annotated[str | None, typer.Option(help="another carrier")] = None,
     port: Annotated[int | None, typer.Option(help="another first port for --link tcp")] = None,
     threads: Annotated[int | None, typer.Option(help="compute threads of each worker")] = None,
@@ -177,6 +209,11 @@ def resume(
     keep: Annotated[int | None, typer.Option(help="how many checkpoints are kept")] = None,
     restarts: Annotated[int | None, typer.Option(help="how often the run may come back by itself")] = None,
     deadline: Annotated[float | None, typer.Option(help="seconds that a worker waits for another")] = None,
+    trace: Annotated[bool | None, typer.Option(help="record what each member does when")] = None,
+    tensorboard: Annotated[bool | None, typer.Option(help="write TensorBoard events")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="serve Prometheus metrics (0: any free port; -1: none)")
+    ] = None,
     insecure: Insecure = False,
     json_: Json = False,
 ) -> None:
@@ -188,6 +225,7 @@ def resume(
         result = driver.resume(
             run_dir,
             workers=workers,
+            balance=balance,
             link=link,
             port=port,
             threads=threads,
@@ -196,6 +234,9 @@ def resume(
             keep=keep,
             restarts=restarts,
             deadline_s=deadline,
+            trace=trace,
+            tensorboard=tensorboard,
+            metrics_port=metrics_port,
             insecure=insecure,
             observer=terminal,
             interrupts=driver.Interrupts(lasting=True),
@@ -219,6 +260,35 @@ def diff(
         print(
             f"largest difference {found.max_abs:.3g} (in {found.name}), {found.relative_to_norm:.3g} of the global norm of {run_a}"
         )
+
+
+@app.command()
+def report(
+    run_dir: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write [default: report.html in the run's folder]")
+    ] = None,
+) -> None:
+    """Write a page that explains a run: curves, where time went, what travelled, what happened. It opens offline."""
+    from weft.report.html import write_report
+
+    print(write_report(run_dir, out))
+
+
+@app.command()
+def trace(
+    run_dir: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="the file to write [default: trace.json in the run's folder]")
+    ] = None,
+) -> None:
+    """Join what a traced run has recorded so far; a run does it by itself when it ends, unless its launcher was killed."""
+    from weft.config import SPANS, TRACE, RunFolder
+    from weft.events import read_events
+    from weft.report.trace import merge
+
+    folder = RunFolder.open(run_dir)
+    print(merge(folder.path / SPANS, out or folder.path / TRACE, read_events(folder.events)))
 
 
 @app.command()

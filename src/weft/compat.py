@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from weft.config import Config
+from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, Incompatible, UnknownName
+from weft.patterns import registry
 
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc")
+BALANCES = ("none", "auto")
 MAX_WORKERS = 4096
+#: Pattern -> (its option that is a pattern, what may stand there, why nothing else).
+NESTS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "localsgd": ("within", ("allreduce",), "the workers of an island must hold equal replicas after each step"),
+}
 
 
 def check(config: Config) -> None:
@@ -19,9 +27,11 @@ def check(config: Config) -> None:
         ("dtype", config.dtype, DTYPES),
         ("device", config.device, DEVICES),
         ("link", config.link, LINKS),
+        ("balance", config.balance, BALANCES),
     ):
         if value not in choices:
             raise UnknownName.of(what, str(value), choices)
+    _check_nesting(config)
     _at_least("workers", config.workers, 1)
     _at_least("batch", config.batch, 0)
     _at_least("threads", config.threads, 1)
@@ -58,6 +68,10 @@ def check(config: Config) -> None:
             raise Incompatible(
                 f"port={config.port} says where workers listen, and link {config.link!r} has no ports: add --link tcp."
             )
+    if not -1 <= config.metrics_port <= 65535:
+        raise ConfigError(
+            f"metrics_port={config.metrics_port} is not possible: give 1 to 65535, 0 for any free port, -1 for none."
+        )
     if config.link == "nccl" and config.device == "cpu":
         raise Incompatible(
             "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."
@@ -76,6 +90,34 @@ def check(config: Config) -> None:
     if config.workers == 1 and config.link != "auto":
         raise Incompatible(
             f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."
+        )
+    if config.balance == "auto":
+        _check_balance(config)
+
+
+def _check_balance(config: Config) -> None:
+    if config.workers == 1:
+        raise Incompatible("balance 'auto' shares a batch between workers, and there is only one: leave --balance out.")
+    if parse_partitioner(config.partition).fixed:
+        raise Incompatible(
+            f"balance 'auto' gives quick workers more of each batch, and partition {config.partition!r} lets a worker draw from "
+            "its own shard only: use --partition shuffle."
+        )
+    if not registry.PATTERNS[config.pattern].balances:
+        can = ", ".join(name for name, pattern in registry.PATTERNS.items() if pattern.balances)
+        raise Incompatible(
+            f"balance 'auto' needs every worker's time at each step, and pattern {config.pattern!r} does not exchange at each "
+            f"step: use --pattern {can}, or leave --balance out."
+        )
+
+
+def _check_nesting(config: Config) -> None:
+    option, allowed, reason = NESTS.get(config.pattern, ("", (), ""))
+    given = config.pattern_options.get(option)
+    kind = given.get("kind") if isinstance(given, Mapping) else given
+    if kind is not None and kind not in allowed:
+        raise Incompatible(
+            f"{option}={kind} cannot stand in pattern {config.pattern!r}: {reason}. Possible: {', '.join(allowed)}."
         )
 
 

@@ -36,6 +36,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dtype: str = "float32"
     device: str = "auto"
     partition: str = "shuffle"
+    balance: str = "none"
     link: str = "auto"
     port: int = 0
     threads: int = 1
@@ -44,25 +45,41 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     eval_every: int = 0  # 0: only at the end
     keep: int = 3
     restarts: int = 0
+    trace: bool = False  # record spans; trace.json at the end
+    tensorboard: bool = False
+    metrics_port: int = -1  # serve Prometheus metrics on it; 0: any free port, -1: no
     insecure: bool = False
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
 
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Joined batches in a pass over the training set; the last may be smaller."""
+        return -(-num_examples // self.batch)
 
-CONFIG, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS = (
-    "config.json",
-    "result.json",
-    "events.jsonl",
-    "plan.json",
-    "checkpoints",
-    "logs",
-)
+    def total_steps(self, num_examples: int | None) -> int:
+        """``num_examples``: None if a stream does not tell; the preflight then asks for steps."""
+        if self.steps is not None:
+            return self.steps
+        assert num_examples is not None
+        return max(1, round((self.epochs or 1) * self.steps_per_epoch(num_examples)))
+
+
+CONFIG, DATA, RESULT, EVENTS, PLAN = "config.json", "data.json", "result.json", "events.jsonl", "plan.json"
+CHECKPOINTS, LOGS, SPANS, TENSORBOARD = "checkpoints", "logs", "spans", "tensorboard"
+TRACE, REPORT = "trace.json", "report.html"
 LOCK = ".lock"
-FIRST_PART = "worker-0"  # of a checkpoint: with whole replicas rank 0 writes for all
+
+
+def part_of(rank: int) -> str:
+    """The name of what a worker writes to a checkpoint."""
+    return f"worker-{rank}"
+
+
+FIRST_PART = part_of(0)  # what all workers hold alike
 
 
 class RunFolder:
-    """The folder of one run: config.json, plan.json, events.jsonl, checkpoints/, logs/, result.json."""
+    """The folder of one run: config.json, plan.json, data.json (of shards: what was counted), events.jsonl, checkpoints/, logs/, result.json."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,6 +157,18 @@ class RunFolder:
             return dict(msgspec.json.decode(path.read_bytes()))
         except (msgspec.MsgspecError, TypeError, ValueError) as error:
             raise RunFolderError(f"{str(path)!r} is damaged: {error}. Remove it to resume the run.") from error
+
+    def writer(self) -> int | None:
+        """The process that runs or resumes here now, if one does."""
+        try:
+            with (self.path / LOCK).open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read().strip() or 0)
+        except OSError:  # none was ever made, or it is not ours to read
+            pass
+        return None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -4,7 +4,13 @@ Kinds and their ``values``:
   plan      text; the whole plan is in plan.json
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
-            step), examples (joined), compute_s, exchange_s, wait_s, data_s (this member's seconds), bytes_sent
+            step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), data_s
+            (this member's seconds), bytes_sent, messages; sent (bytes by group) where it stands in several.
+            Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
+  loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
+  balance   shares (examples of a joined batch by rank, from the next step on), reason
+  usage     of this member's process, about once a second: pid, cpu_percent (since the one before; 100 is one core),
+            rss_bytes, peak_rss_bytes; with a GPU gpu_bytes, peak_gpu_bytes and, where it can be told, gpu_percent
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step
@@ -17,6 +23,8 @@ Kinds and their ``values``:
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +55,23 @@ class EventLog:
     """Append events to a file, a line each, flushed at once: after a crash all but the last line can be read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        """Of a writer that was killed, or had no room: the next line would join it, and both be lost."""
+        end = self._file.seek(0, os.SEEK_END)
+        start = end
+        while start > 0:
+            begin = max(0, start - (1 << 16))
+            self._file.seek(begin)
+            found = (self._file.read(start - begin) or b"").rfind(b"\n")
+            if found >= 0:
+                start = begin + found + 1
+                break
+            start = begin
+        if start < end:
+            self._file.truncate(start)
 
     def write(self, event: Event) -> None:
         self._file.write(_encoder.encode(event) + b"\n")
@@ -62,3 +86,41 @@ def read_events(path: Path) -> Iterator[Event]:
         for line in file:
             if line.endswith(b"\n"):
                 yield _decoder.decode(line)
+
+
+def losses_of(event: Event) -> Iterator[tuple[int, float]]:
+    """(step, loss of the joined batch) of every step that this event tells; a step may be told by several members."""
+    if event.kind in ("ticks", "loss"):
+        for step, loss in enumerate(event.values.get("loss", ()), event.values["first"]):
+            yield step, math.nan if loss is None else loss  # JSON has no NaN
+
+
+class LossJoiner:
+    """From what members tell of their own shares to the loss of each joined batch, once all have told it."""
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._open: dict[int, list[float]] = {}  # by step: sum, weight, how many members
+
+    def add(self, tick: Event) -> Event | None:
+        """The "loss" event of the steps that this tick completes. All members go through the same steps in order."""
+        values = tick.values
+        done: list[float | None] = []
+        last = 0
+        for step, loss, weight in zip(
+            range(values["first"], values["last"] + 1), values["own_loss"], values["own_weight"], strict=True
+        ):
+            entry = self._open.setdefault(step, [0.0, 0.0, 0])
+            entry[0] += weight * (math.nan if loss is None else loss) if weight else 0.0
+            entry[1] += weight
+            entry[2] += 1
+            if entry[2] == self.members:
+                del self._open[step]
+                mean = entry[0] / entry[1] if entry[1] else math.nan
+                done.append(mean if math.isfinite(mean) else None)
+                last = step
+        if not done:
+            return None
+        return Event(
+            kind="loss", role="driver", step=last, values={"first": last - len(done) + 1, "last": last, "loss": done}
+        )

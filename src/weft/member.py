@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
 
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
+from weft.comm.link import WORLD, Link
+from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
-from weft.config import CHECKPOINTS, FIRST_PART, Config
-from weft.driver import Job, save_interval
-from weft.errors import CheckpointError
+from weft.config import CHECKPOINTS, DATA, FIRST_PART, SPANS, Config, part_of
+from weft.data.shards import Index
+from weft.driver.prepare import Job
+from weft.errors import CheckpointError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
 from weft.patterns.base import Context, Resume, SafePoint
 from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
+from weft.resilience.faulty_task import strike_task
+from weft.spans import Spans, local_clock
 from weft.task import Defaults
+from weft.usage import Usage
 
 TICK_S = 0.2
+SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "data_s", "bytes_sent", "messages")
+USAGE_S = 1.0
 
 
 def learn_facts(seat: Seat) -> None:
@@ -37,11 +48,22 @@ def learn_facts(seat: Seat) -> None:
     config = complete(job.config, task.defaults)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    facts = preflight(task, pattern, config)
+    facts = preflight(task, pattern, config, known_indexes(job.run_dir))
     if job.run_dir:
         state_bytes = sum(p.nbytes for p in facts.params) + facts.optimizer_bytes + sum(b.nbytes for b in facts.buffers)
         checkpoint.check_writable(Path(job.run_dir) / CHECKPOINTS, state_bytes)
     seat.send({"facts": msgspec.to_builtins(facts), "config": msgspec.to_builtins(config)})
+
+
+def known_indexes(run_dir: str) -> dict[str, Index]:
+    """What was counted when the run began; empty for a new run, and for data that is not in shards."""
+    path = Path(run_dir) / DATA
+    if not run_dir or not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Index])
+    except (msgspec.MsgspecError, OSError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}. Remove it: the data is then counted again.") from error
 
 
 def complete(config: Config, defaults: Defaults) -> Config:
@@ -73,21 +95,29 @@ def work(seat: Seat) -> None:
     task = load_task(config.task)
     pattern = registry.build(config.pattern, config.pattern_options)
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
-    reporter = Reporter(seat)
-    step = 0
+    reporter = Reporter(seat, Usage(device), config.workers)
     resume: Resume | None = None
     if job.resume_from:
-        found = checkpoint.load(Path(job.resume_from))
-        state = found.parts[FIRST_PART]
-        assert isinstance(state, dict)
-        step = found.step
-        resume = Resume(found.step, found.world, state, found.meta)
-        reporter.step = step
-    link = seat.link()
+        same = checkpoint.read_manifest(Path(job.resume_from)).world == config.workers
+        found = checkpoint.load(
+            Path(job.resume_from), only=(FIRST_PART, part_of(pattern.writer_for(rank))) if same else None
+        )
+        resume = Resume(found.step, found.world, cast(Any, found.parts), found.meta)
+        reporter.step = found.step
+    names = [g.name for g in pattern.groups(job.facts, config.workers) if rank in g.members]
+    links = {name: seat.link(name) for name in names}
+    spans: Spans | None = None
     try:
+        if config.trace:
+            clock = measure_clock(links[WORLD], device, local_clock())
+            place = Path(job.run_dir) / SPANS
+            spans = Spans(place, role.name, rank, clock, lambda text: reporter.send("warning", text=text))
+            links = {n: TracedLink(link, spans) for n, link in links.items()}
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
-            link = FaultyLink(link, faults, step=lambda: reporter.step + 1)
+            links = {n: FaultyLink(link, faults, step=lambda: reporter.step + 1) for n, link in links.items()}
+            strike_task(task, [f for f in faults if f.rank == rank], step=lambda: reporter.step + 1)
+        world = links.pop(WORLD)
         context = Context(
             task=task,
             pattern=pattern,
@@ -97,29 +127,38 @@ def work(seat: Seat) -> None:
             world=config.workers,
             total_steps=job.total_steps,
             device=device,
-            link=link,
+            link=world,
+            groups=links,
             stop_requested=seat.stop_requested,
             resume=resume,
+            spans=spans,
         )
-        drive(resolve(role.entry)(context), reporter, config, Path(job.run_dir), job.total_steps)
+        drive(resolve(role.entry)(context), reporter, job, world, spans)
     finally:
         reporter.flush()  # what was done before an error is known, to the step
-        link.close()
+        reporter.sample()
+        if spans is not None:
+            spans.close()
+        for link in (world, *links.values()):
+            link.close()
 
 
 class Reporter:
     """Tells the driver what happens, many steps in one message."""
 
-    def __init__(self, seat: Seat, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seat, self.clock, self.step = seat, clock, 0
-        self.rank = seat.spec.member
-        self._sent = clock()
+    def __init__(self, seat: Seat, usage: Usage, world: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seat, self.usage, self.clock, self.step = seat, usage, clock, 0
+        self.rank, self.world = seat.spec.member, world
+        self._sent = self._sampled = clock()
         self._clear()
 
     def _clear(self) -> None:
         self._first = self.step + 1
         self._loss: list[float | None] = []
-        self._sums = dict.fromkeys(("examples", "compute_s", "exchange_s", "wait_s", "data_s", "bytes_sent"), 0.0)
+        self._weights: list[float] = []
+        self._joined = True
+        self._sums = dict.fromkeys(SUMS, 0.0)
+        self._sent_over: Counter[str] = Counter()
 
     def send(self, kind: str, **values: Any) -> None:
         event = Event(kind=kind, role=self.seat.spec.role, member=self.rank, step=self.step, values=values)
@@ -129,46 +168,66 @@ class Reporter:
         self.step = step
         self._clear()
         self.send("started", pid=os.getpid())
+        self.sample()
 
     def add(self, point: SafePoint) -> None:
         r, s = point.report, self._sums
         self.step = point.version
-        joined = sum(r.examples)
-        loss = sum(r.losses) / joined if joined else math.nan
+        weight = sum(r.weights)
+        loss = sum(r.losses) / weight if weight else math.nan
         self._loss.append(loss if math.isfinite(loss) else None)
-        s["examples"] += joined
+        self._weights.append(weight)
+        self._joined = self._joined and len(r.weights) == self.world
+        s["examples"] += r.examples
         s["compute_s"] += r.compute_s
         s["exchange_s"] += r.exchange_s
         s["wait_s"] += r.wait_s
+        s["skew_s"] += r.skew_s
         s["data_s"] += r.data_s
         s["bytes_sent"] += r.bytes_sent
+        s["messages"] += r.messages
+        self._sent_over.update(r.sent)
+        if r.balance is not None and self.rank == 0:
+            self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
         if self.clock() - self._sent >= TICK_S or self.step == 1:
             self.flush()
 
     def flush(self) -> None:
         if self._loss:
-            self.send("ticks", first=self._first, last=self.step, loss=self._loss, **self._sums)
+            told: dict[str, Any] = (
+                {"loss": self._loss} if self._joined else {"own_loss": self._loss, "own_weight": self._weights}
+            )
+            if self._sent_over:
+                told["sent"] = dict(self._sent_over)
+            self.send("ticks", first=self._first, last=self.step, **told, **self._sums)
         self._sent = self.clock()
+        if self._sent - self._sampled >= USAGE_S:
+            self.sample()
         self._clear()
 
+    def sample(self) -> None:
+        self._sampled = self.clock()
+        self.send("usage", **self.usage.sample())
 
-def drive(points: Any, reporter: Reporter, config: Config, run_dir: Path, total_steps: int) -> None:
+
+def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | None = None) -> None:
     """At each safe point: evaluate, save or stop, as the run's settings say. All members decide alike."""
-    save_every = save_interval(config, total_steps)
+    config = job.config
+    span = spans.span if spans is not None else lambda name: contextlib.nullcontext()
     reporter.begin(reporter.step)
     for point in points:
         is_new = point.version > reporter.step
         if is_new:
             reporter.add(point)
         done = point.ended or point.stop
-        if is_new and (done or (save_every and point.version % save_every == 0)):
+        if is_new and (done or (job.save_every and point.version % job.save_every == 0)):
             reporter.flush()
-            state = point.state()  # by all members together
-            if reporter.rank == 0:
-                save(state, point, reporter, config, run_dir)
+            with span("save"):
+                save(point, reporter, job, link)
         if point.ended or (config.eval_every and point.version % config.eval_every == 0):
             reporter.flush()
-            metrics = point.evaluate()
+            with span("evaluate"):
+                metrics = point.evaluate()
             if reporter.rank == 0:
                 reporter.send("eval", **metrics)
         if point.stop and not point.ended:
@@ -177,8 +236,10 @@ def drive(points: Any, reporter: Reporter, config: Config, run_dir: Path, total_
             return
 
 
-def save(state: dict[str, Any], point: SafePoint, reporter: Reporter, config: Config, run_dir: Path) -> None:
-    """Written by rank 0: with whole replicas its state is everyone's."""
+def save(point: SafePoint, reporter: Reporter, job: Job, link: Link) -> None:
+    """By all members together. What all hold alike rank 0 writes alone; where others hold state of their own, each its part."""
+    root, config, begun = Path(job.run_dir) / CHECKPOINTS, job.config, time.perf_counter()
+    parts = point.parts()
     meta = {
         **point.meta(),
         "step": point.version,
@@ -186,16 +247,52 @@ def save(state: dict[str, Any], point: SafePoint, reporter: Reporter, config: Co
         "seed": config.seed,
         "events": events.VERSION,
     }
+    known: dict[str, Any] = {"step": point.version, "world": config.workers, "meta": meta, "keep": config.keep}
     try:
-        saved = checkpoint.save(
-            run_dir / CHECKPOINTS,
-            {FIRST_PART: state},
-            step=point.version,
-            world=config.workers,
-            meta=meta,
-            keep=config.keep,
-        )
+        if point.joint:
+            saved = save_jointly(root, parts, link, known)
+        elif reporter.rank == 0:
+            saved = checkpoint.save(root, parts, **known)
+        else:
+            return
     except CheckpointError as error:
         reporter.send("warning", text=str(error))
         raise
-    reporter.send("saved", path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes)
+    if saved is not None:
+        reporter.send("saved", path=str(saved.path), seconds=time.perf_counter() - begun, bytes=saved.bytes)
+
+
+def save_jointly(
+    root: Path, parts: Mapping[str, checkpoint.State], link: Link, known: dict[str, Any]
+) -> checkpoint.Saved | None:
+    """Rank 0 makes the folder and commits; every rank writes its parts into it. They must share a file system.
+
+    Returns None on the other ranks. Raises CheckpointError on all ranks if one could not write, and names it.
+    """
+    staging = ""
+    if link.rank == 0:
+        staging = str(checkpoint.begin(root, known["step"]))
+    staging = tell_all(link, staging)[0]
+    reply: dict[str, Any] = {"parts": [], "error": ""}
+    try:
+        reply["parts"] = [msgspec.to_builtins(checkpoint.write_part(Path(staging), n, s)) for n, s in parts.items()]
+    except CheckpointError as error:
+        reply["error"] = f"worker {link.rank}: {error.message}"
+    replies = tell_all(link, reply)
+    try:
+        if wrong := [r["error"] for r in replies if r["error"]]:
+            raise CheckpointError("; ".join(wrong))
+        if link.rank:
+            return None
+        written = [msgspec.convert(p, checkpoint.Part) for r in replies for p in r["parts"]]
+        return checkpoint.commit(Path(staging), written, **known)
+    except BaseException:
+        if link.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def tell_all(link: Link, value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    own = torch.frombuffer(bytearray(msgspec.json.encode(value)), dtype=torch.uint8)
+    return [msgspec.json.decode(t.cpu().numpy().tobytes()) for t in link.all_gather(own)]

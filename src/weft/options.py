@@ -54,6 +54,7 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
         if key not in fields:
             hint = "" if fields else "It takes no options."
             raise UnknownName.of(f"option of {what}:", key, fields, hint)
+    raw = {key: _nested(fields[key][0], value, f"{key} of {what}") for key, value in raw.items()}
     definitions: dict[str, Any] = {
         name: (annotation, ... if default is inspect.Parameter.empty else default)
         for name, (annotation, default) in fields.items()
@@ -73,9 +74,32 @@ def construct(cls: type[T], raw: Mapping[str, Any], what: str) -> T:
         raise ConfigError(f"{what}({', '.join(f'{k}={v!r}' for k, v in values.items())}): {error}") from error
 
 
+def _nested(annotation: Any, value: Any, what: str) -> Any:
+    """An option that is a dataclass: the name of one of its presets, or {"kind": name, what differs}."""
+    if not (dataclasses.is_dataclass(annotation) and isinstance(annotation, type)):
+        return value
+    if not isinstance(value, str | Mapping):
+        return value
+    given = dict(value) if isinstance(value, Mapping) else {"kind": value}
+    base: dict[str, Any] = {}
+    if "kind" in given:
+        presets: Mapping[str, Any] = getattr(annotation, "presets", {})
+        kind = given.pop("kind")
+        if kind not in presets:
+            raise UnknownName.of(what, str(kind), presets)
+        base = dataclasses.asdict(presets[kind])
+    return construct(annotation, base | given, what)
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(f"{name}={value} is not possible: give a positive number.")
+
+
 def describe(cls: type) -> list[Option]:
-    """The options of a class, with defaults; docs come from ``field(metadata={"doc": ...})``."""
-    docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    """The options of a class, with defaults. Docs come from a dataclass's ``field(metadata={"doc": ...})``, or, where
+    ``__init__`` is written out, from ``Annotated[int, "..."]``."""
+    docs = _docs(cls)
     return [
         Option(
             name,
@@ -87,10 +111,20 @@ def describe(cls: type) -> list[Option]:
     ]
 
 
+def _docs(cls: type) -> dict[str, str]:
+    docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    if not _generated(cls):
+        hints = typing.get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
+        for name, hint in hints.items():
+            if own := [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, str)]:
+                docs[name] = " ".join(own)
+    return docs
+
+
 def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
     if cls.__init__ is object.__init__:  # type: ignore[misc]
         return {}
-    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    hints = typing.get_type_hints(cls) if _generated(cls) else typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     result: dict[str, tuple[Any, Any]] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -101,6 +135,12 @@ def _fields(cls: type) -> dict[str, tuple[Any, Any]]:
         annotation = hints.get(name, Any if default in (inspect.Parameter.empty, None) else type(default))
         result[name] = (annotation, default)
     return result
+
+
+def _generated(cls: type) -> bool:
+    """Its ``__init__`` is that of a dataclass: its own, or the nearest base's."""
+    home = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    return "__dataclass_fields__" in vars(home)
 
 
 def _dataclass_default(cls: type, name: str, default: Any) -> Any:
@@ -120,8 +160,10 @@ def _none(value: Any, annotation: Any) -> Any:
 def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(a) for a in typing.get_args(annotation))
+    if presets := getattr(annotation, "presets", None):
+        return "|".join(presets)
     if isinstance(annotation, type):
-        return annotation.__name__
+        return annotation.__name__.lower() if dataclasses.is_dataclass(annotation) else annotation.__name__
     parts = typing.get_args(annotation)
     return "|".join("none" if p is type(None) else _type_name(p) for p in parts) if parts else str(annotation)
 

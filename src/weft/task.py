@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
+
+    from weft.data.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Task(ABC):
         """A new model. Called once on every worker, with the same random state on each."""
 
     @abstractmethod
-    def data(self) -> tuple[Dataset[Any], Dataset[Any]]:
-        """(train, held-out), map-style: they have a length and answer ``dataset[i]``."""
+    def data(self) -> tuple[Dataset[Any] | Shards, Dataset[Any] | Shards]:
+        """(train, held-out): map-style (they have a length and answer ``dataset[i]``) or ``weft.data.Shards``; train may
+        also be a torch IterableDataset (docs/data.md says what it must keep to)."""
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -68,13 +72,29 @@ class Task(ABC):
         """
         return first_length(batch)
 
-    def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, tuple[float | torch.Tensor, float]]:
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> Mapping[str, tuple[float | torch.Tensor, float]]:
         """Sums and counts by name, so that shards add up: {"accuracy": (num_correct, num_examples)}.
 
-        The model is in eval mode and gradients are off. Default: the loss. If "loss" is missing, it is added.
+        A sum may be a tensor of any shape, the same for every batch, for ``summarise`` to make a metric of. The model is
+        in eval mode and gradients are off. Default: the loss. If "loss" is missing, it is added.
         """
         n = self.num_examples(batch)
         return {"loss": (self.loss(model, batch) * n, n)}
+
+    def summarise(self, totals: dict[str, tuple[torch.Tensor, float]]) -> dict[str, float | torch.Tensor]:
+        """Metrics by name, from what ``evaluate`` returned, added up over the whole held-out set.
+
+        Sums come as float64 tensors on the CPU, the same on every worker. Default: each sum over its count. Define it
+        for metrics that are no mean over examples, such as a ranking's:
+
+            def summarise(self, totals):
+                histogram, _ = totals.pop("scores")
+                return super().summarise(totals) | {"average_precision": average_precision(histogram)}
+
+        It is called once before training too, with the sums of one or two examples: where a metric says nothing, return
+        NaN. If "loss" is missing, its mean is added.
+        """
+        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
 
     def notes(self) -> dict[str, float]:
         """Figures of the data that make a result readable, shown beside it: {"unigram entropy": 3.31}."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 
@@ -10,10 +11,23 @@ import pytest
 import torch
 from tests.comm.test_links import CARRIERS
 
-from weft.comm.link import Link
-from weft.errors import CommError, ConfigError, DeadlineExceeded, PeerLost
+from weft.comm.link import Link, SoloLink
+from weft.comm.tcp import SO_MAX_PACING_RATE
+from weft.errors import CommError, ConfigError, DeadlineExceeded, Incompatible, PeerLost
+from weft.testing import (
+    Fault,
+    FaultyLink,
+    corrupt,
+    delay,
+    drop,
+    freeze,
+    kill,
+    raise_error,
+    slow,
+    slow_loading,
+    throttle,
+)
 from weft.testing.conformance import Outcome
-from weft.testing.faults import Fault, FaultyLink, corrupt, delay, drop, freeze, kill, raise_error
 
 ALL = [
     kill(rank=2, step=5),
@@ -22,6 +36,9 @@ ALL = [
     drop(rank=1, step=2),
     corrupt(rank=1, step=2),
     raise_error(rank=1, step=3),
+    throttle(rank=0, bytes_per_s=1000),
+    slow(rank=2, factor=3),
+    slow_loading(rank=1, seconds=0.1),
 ]
 
 
@@ -55,8 +72,27 @@ def test_an_unknown_fault_is_refused() -> None:
         Fault.from_dict({"kind": "kil", "rank": 1})
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: slow(rank=0, factor=0.5), "factor=0.5: give 1"),
+        (lambda: slow(rank=0, factor=float("inf")), "factor=inf"),
+        (lambda: slow_loading(rank=0, seconds=-1), "seconds=-1: give a number of 0 or more"),
+        (lambda: throttle(rank=0, bytes_per_s=0), "bytes_per_s=0: give a whole number"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_refused(make: Callable[[], Fault], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
 def test_no_fault_changes_nothing() -> None:
-    assert [o.get() for o in run("inproc", [kill(rank=7, step=1)])] == [(4, [24.0] * 3)] * 3
+    faults = [
+        kill(rank=7, step=1),
+        slow(rank=1, factor=3),
+        slow_loading(rank=1, seconds=9),
+    ]  # the last two: not a link's
+    assert [o.get() for o in run("inproc", faults)] == [(4, [24.0] * 3)] * 3
 
 
 @pytest.mark.multiprocess
@@ -93,7 +129,29 @@ def test_raise_error_and_delay() -> None:
     assert [type(error) for _, error in outcomes[1:]] == [PeerLost, PeerLost]
 
 
-def test_a_delay_adds_to_the_waiting_of_the_others() -> None:
+@pytest.mark.multiprocess
+def test_throttle_sets_the_pace_of_every_socket_of_its_rank() -> None:
+    def fn(link: Link) -> tuple[int, list[int]]:
+        faulty = FaultyLink(link, [throttle(rank=1, bytes_per_s=123_456)], lambda: 0)
+        connections = link._endpoint._connected.values()  # type: ignore[attr-defined]
+        rates = [c.sock.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE) for c in connections]
+        faulty.barrier()  # nobody leaves before all have looked
+        return link.rank, rates
+
+    for outcome in CARRIERS["tcp"](3)(fn):
+        rank, rates = outcome.get()
+        assert len(rates) == 2
+        assert (set(rates) == {123_456}) == (rank == 1)
+
+
+def test_throttle_needs_sockets() -> None:
+    with pytest.raises(Incompatible, match="use --link tcp"):
+        run("inproc", [throttle(rank=r, bytes_per_s=1000) for r in range(3)])[0].get()
+    with pytest.raises(Incompatible, match="'none'.*use --link tcp"):
+        FaultyLink(SoloLink(), [throttle(rank=0, bytes_per_s=1000)], lambda: 0)
+
+
+def test_a_delay_adds_to_the_waiting_of_all() -> None:
     def fn(link: Link) -> tuple[float, float, float]:
         begin = time.monotonic()
         FaultyLink(link, [delay(rank=1, seconds=0.2)], lambda: 0).all_reduce([torch.ones(1)])
@@ -101,6 +159,6 @@ def test_a_delay_adds_to_the_waiting_of_the_others() -> None:
 
     for outcome in CARRIERS["inproc"](2)(fn):
         wait_s, busy_s, elapsed_s = outcome.get()
-        assert wait_s > 0
+        assert wait_s > 0.1  # also of the rank whose messages leave late
         assert busy_s > 0
         assert wait_s + busy_s <= elapsed_s

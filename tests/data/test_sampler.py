@@ -284,3 +284,37 @@ def test_impossible_samplers() -> None:
         Sampler(10, 0, 0, 1, 0)
     with pytest.raises(ConfigError, match="rank 2 of world 2"):
         Sampler(10, 5, 2, 2, 0)
+
+
+# -- shares
+
+
+@given(st.data(), st.integers(1, 4), st.integers(4, 30), st.integers(4, 80))
+def test_chosen_shares_leave_the_joined_batches_as_they_are(
+    data: st.DataObject, world: int, batch: int, n: int
+) -> None:
+    """However the cuts move from step to step; a smaller last batch is cut in proportion."""
+    cut, plain = ranks(n, batch, world), ranks(n, batch, world)
+    for _ in range(6):
+        bounds = sorted(data.draw(st.lists(st.integers(0, batch), min_size=world - 1, max_size=world - 1)))
+        shares = np.diff([0, *bounds, batch]).tolist()
+        for sampler in cut:
+            sampler.cut(shares)
+        draws = step(cut)
+        assert joined(draws) == joined(step(plain))
+        for draw, share in zip(draws, shares, strict=True):
+            assert abs(len(draw.indices) - share * draw.total / batch) < 1
+            if draw.total == batch:
+                assert len(draw.indices) == share
+
+
+@pytest.mark.parametrize("shares", [[3, 4], [3, 3, 4], [-1, 9], [8]])
+def test_shares_that_are_none_are_refused(shares: list[int]) -> None:
+    with pytest.raises(ValueError, match="add up to 8"):
+        ranks(20, 8, 2)[0].cut(shares)
+
+
+@pytest.mark.parametrize("partitioner", FIXED, ids=lambda p: p.name)
+def test_shares_of_a_fixed_partition_are_not_chosen(partitioner: Partitioner) -> None:
+    with pytest.raises(ConfigError, match="use 'shuffle'"):
+        ranks(40, 8, 2, 0, partitioner)[0].cut([3, 5])

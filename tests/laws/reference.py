@@ -93,6 +93,8 @@ class Regression(weft.Task):
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         if self.kind == "adamw":
             return torch.optim.AdamW(params, lr=0.01)
+        if self.kind == "plain":
+            return torch.optim.SGD(params, lr=0.05)
         return torch.optim.SGD(params, lr=0.05, momentum=0.9)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
@@ -190,3 +192,72 @@ class Ragged(Regression):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return (model(batch) - batch.prod(1, keepdim=True)).pow(2).mean()
+
+
+def train_apart(
+    task: weft.Task,
+    *,
+    workers: int,
+    every: int,
+    steps: int,
+    batch: int,
+    outer: tuple[float, float, bool] = (1.0, 0.0, False),
+    island: int = 1,
+    start: int = 0,
+    meet_at: Iterable[int] = (),
+    run_seed: int = 0,
+    shares: Callable[[int], Iterable[np.ndarray]] | None = None,
+) -> dict[str, Tensor]:
+    """Local SGD by its definition, in one process: a model and an optimizer per island, a list of tensors for the rest.
+
+    ``meet_at``: steps after which all meet besides (evaluations, saves). ``shares(rank)``: what the rank draws, in turn.
+    """
+    seed(key_int(run_seed, "data"))
+    train, _ = task.data()
+    collate = task.collate or torch.utils.data.default_collate
+    models, optimizers, schedules = [], [], []
+    for _ in range(workers // island):
+        seed(key_int(run_seed, "init"))
+        models.append(task.model().double())
+        optimizers.append(task.optimizer([p for p in models[-1].parameters() if p.requires_grad]))
+        schedules.append(task.schedule(optimizers[-1], steps))
+
+    def drawn_by(rank: int) -> Iterable[np.ndarray]:
+        sampler = Sampler(len(train), batch, rank, workers, run_seed)
+        while True:
+            yield sampler.next().indices
+
+    draws = [iter((shares or drawn_by)(rank)) for rank in range(workers)]
+    anchor = [p.detach().clone().requires_grad_() for p in models[0].parameters() if p.requires_grad]
+    outer_optimizer = torch.optim.SGD(anchor, lr=outer[0], momentum=outer[1], nesterov=outer[2])
+    weights, since = [0.0] * len(models), 0
+    for step in range(1, steps + 1):
+        drawn = [next(d) for d in draws]
+        together = step <= start
+        for i, model in enumerate(models):
+            own = drawn if together else drawn[i * island : (i + 1) * island]
+            indices = np.concatenate(own)
+            optimizers[i].zero_grad(set_to_none=True)
+            if len(indices):
+                data = cast(collate([train[int(k)] for k in indices]), torch.float64)
+                task.loss(model, data).backward()
+                weights[i] += task.num_examples(data)
+            optimizers[i].step()
+            if schedules[i] is not None:
+                schedules[i].step()
+        since += 1
+        if together:
+            weights, since = [0.0] * len(models), 0
+            for a, p in zip(anchor, (p for p in models[0].parameters() if p.requires_grad), strict=True):
+                a.data.copy_(p.data)
+        elif since == every or step == steps or step in set(meet_at):
+            for k, a in enumerate(anchor):
+                params = [[p for p in m.parameters() if p.requires_grad][k] for m in models]
+                total = sum(w * (a.data - p.data) for w, p in zip(weights, params, strict=True))
+                a.grad = total / sum(weights)
+            outer_optimizer.step()
+            for model in models:
+                for a, p in zip(anchor, (p for p in model.parameters() if p.requires_grad), strict=True):
+                    p.data.copy_(a.data)
+            weights, since = [0.0] * len(models), 0
+    return {n: t.detach() for n, t in models[0].state_dict().items() if t.is_floating_point()}

@@ -31,6 +31,7 @@ CHANGES: dict[str, Any] = {
     "dtype": "float64",
     "device": "cuda",
     "partition": "contiguous",
+    "balance": "auto",
     "link": "inproc",
     "port": 4711,
     "threads": 2,
@@ -39,6 +40,9 @@ CHANGES: dict[str, Any] = {
     "eval_every": 2,
     "keep": 1,
     "restarts": 1,
+    "trace": True,
+    "tensorboard": True,
+    "metrics_port": 0,
     "insecure": True,
     "cluster": "local",
     "faults": [kill(rank=1, step=3)],
@@ -46,7 +50,18 @@ CHANGES: dict[str, Any] = {
 #: Fields that are an argument by another name.
 NOT_SETTINGS = {"task", "pattern", "pattern_options"}
 
-PATTERN_CHANGES = {"allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"}}
+PATTERN_CHANGES = {
+    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"},
+    "localsgd": {
+        "every": 2,
+        "outer": "diloco",
+        "start": 3,
+        "island": 2,
+        "within": {"clip_norm": "0.01"},
+    },
+}
+#: What a pattern needs so that it can run for BASE's few steps.
+PATTERN_BASE: dict[str, dict[str, Any]] = {"allreduce": {}, "localsgd": {"every": 4}}
 
 
 class Plans:
@@ -74,8 +89,11 @@ def outcome(run_dir: Path, **settings: Any) -> Any:
     plan = msgspec.to_builtins(plans.plan)
     plan.pop("config")  # repeating a setting is not applying it
     parameters = {n: t.tolist() for n, t in final_parameters(run_dir).items()}
-    kinds = [(e.kind, e.member, e.step) for e in read_events(RunFolder(run_dir).events) if e.kind != "ticks"]
-    return plan, parameters, sorted(kinds), len(list((run_dir / "checkpoints").iterdir()))
+    kinds = [
+        (e.kind, e.member, e.step) for e in read_events(RunFolder(run_dir).events) if e.kind not in ("ticks", "usage")
+    ]
+    files = sorted(p.name for p in run_dir.iterdir())
+    return plan, parameters, sorted(kinds), files, len(list((run_dir / "checkpoints").iterdir()))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +115,13 @@ def test_setting_is_seen(tmp_path: Path, base: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "option"), [(p, o) for p, options in PATTERN_CHANGES.items() for o in options])
-def test_pattern_option_is_seen(tmp_path: Path, base: Any, pattern: str, option: str) -> None:
-    changed = outcome(tmp_path / "run", pattern=pattern, pattern_options={option: PATTERN_CHANGES[pattern][option]})
-    assert changed != base
+def test_pattern_option_is_seen(tmp_path: Path, pattern: str, option: str) -> None:
+    options = PATTERN_BASE[pattern]
+    as_it_was = outcome(tmp_path / "base", pattern=pattern, pattern_options=options)
+    changed = outcome(
+        tmp_path / "run", pattern=pattern, pattern_options=options | {option: PATTERN_CHANGES[pattern][option]}
+    )
+    assert changed != as_it_was
 
 
 def test_keep_is_seen(tmp_path: Path) -> None:

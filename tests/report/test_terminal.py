@@ -47,6 +47,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("eval", {"loss": None, "accuracy": 0.5}),
     ("saved", {"path": "runs/x/checkpoints/2", "seconds": 0.1, "bytes": 1000}),
+    ("balance", {"shares": [10, 6], "reason": "worker 1 takes 6 [of] 16"}),
     ("resumed", {"path": "runs/x/checkpoints/2", "step": 2}),
     ("failed", {"cause": "boom [red]\nsecond line", "traceback": ""}),
     ("restarted", {"attempt": 1, "from_step": 2}),
@@ -207,13 +208,14 @@ def test_not_interactive_means_no_control_code_whatever_happens(force_terminal: 
         "step 2/300 (1 %)  loss nan  32 examples/s  compute 60 %  communication 20 %  waiting 20 %  data 0 %",
         "step 2: held-out loss nan  accuracy 0.5000",
         "step 2: saved 1 kB in 100 ms",
+        "step 2: worker 1 takes 6 [of] 16",
         "resumed at step 2 from runs/x/checkpoints/2",
         "worker 0 failed: boom [red]",
         "restart 1, from step 2",
         "warning: hot red [bold]",
         "step 2: stopped, asked to",
-        text.splitlines()[8],
         text.splitlines()[9],
+        text.splitlines()[10],
         "1| said red",
         "1| and more",
     ]
@@ -354,6 +356,23 @@ def test_closing_summary_of_a_finished_run() -> None:
         assert told in flat
     assert "weft resume" not in flat
     assert re.search(r"[\u2801-\u28ff].* 2\.390$", text, flags=re.MULTILINE)
+
+
+def test_shares_and_bottleneck_stand_in_the_live_view_and_at_the_end() -> None:
+    summary = closed()
+    summary.add(Event(kind="balance", member=0, step=17, values={"shares": [9, 7], "reason": ""}))
+    summary.add(Event(kind="balance", member=0, step=34, values={"shares": [10, 6], "reason": ""}))
+    said = "waiting for worker 1: --balance auto has [done] what it can"
+    flat = " ".join(text_of(closing_summary(result(bottleneck=said), summary, make_plan())).split())
+    assert "shares 10 + 6 of 16 examples · changed 2 times" in flat
+    assert f"bottleneck {said}" in flat
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with LiveView(make_plan(), console, interactive=True) as view:
+        view.on_event(ticks(0, 1))
+        view.on_event(Event(kind="balance", member=0, step=17, values={"shares": [1] * 9 + [3], "reason": "so it is"}))
+        drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 17: so it is" in drawn
+    assert "1 to 3 of 12 examples · changed once" in drawn
 
 
 def test_closing_summary_of_a_stopped_run_says_how_to_go_on() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from weft.comm.link import WORLD
 from weft.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class StoreSpec:
 class LinkSpec:
     """How the members of one group are joined. ``nbytes``: what one member allocates in the carrier (shared memory).
 
+    A member may stand in several groups (all workers; its island), in one of each name.
     ``host``: the address where this member listens. ``store``: where gloo and nccl meet (None: a file of this host).
     """
 
@@ -41,6 +43,14 @@ class LinkSpec:
     device: str = "cpu"
     host: str = "127.0.0.1"
     store: StoreSpec | None = None
+    group: str = WORLD
+    members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
+
+    def rank_of(self, member: int) -> int | None:
+        """None if the member is not of this group."""
+        if self.members:
+            return self.members.index(member) if member in self.members else None
+        return member if 0 <= member < self.world else None
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,8 @@ class Seat(ABC):
     def stop_requested(self) -> bool: ...
 
     @abstractmethod
-    def link(self) -> Link:
-        """Join the group (blocks until all members came, or the deadline)."""
+    def link(self, group: str = WORLD) -> Link:
+        """Join the group of this name (blocks until all its members came, or the deadline)."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Session(ABC):
         """Tell those who follow how the run ended: {"result": ...} or {"error": ...}."""
 
     @abstractmethod
-    def start(self, members: list[MemberSpec], link: LinkSpec | None) -> None: ...
+    def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None: ...
 
     @abstractmethod
     def request_stop(self) -> None:
@@ -186,7 +196,7 @@ class Call:
         """``reply`` holds what the member sent; the Exited tells how it ended. There is no deadline: a model may be slow,
         and the user sees it and can interrupt."""
         self.reply = {}
-        self.session.start([MemberSpec(-1, "preflight", entry, payload)], None)
+        self.session.start([MemberSpec(-1, "preflight", entry, payload)], [])
         while True:
             for event in self.session.poll(1.0):
                 if isinstance(event, Message):

@@ -10,12 +10,12 @@ import queue
 import random
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weft.clusters.base import Cluster, Exited, LinkSpec, MemberSpec, Message, Seat, Session, SessionEvent, resolve
 from weft.comm.inproc import inproc_endpoints
-from weft.comm.link import Link, SoloLink
+from weft.comm.link import WORLD, Link, SoloLink
 from weft.errors import Incompatible, to_wire
 
 CARRIERS = ("inproc", "none")
@@ -67,8 +67,8 @@ def _set_num_threads(number: int) -> None:
 
 
 class ThreadSeat(Seat):
-    def __init__(self, spec: MemberSpec, session: InProcessSession, link: Link | None) -> None:
-        self.spec, self._session, self._link = spec, session, link
+    def __init__(self, spec: MemberSpec, session: InProcessSession, links: Mapping[str, Link]) -> None:
+        self.spec, self._session, self._links = spec, session, links
 
     def send(self, message: dict[str, Any]) -> None:
         self._session.events.put(Message(self.spec.member, message))
@@ -76,9 +76,8 @@ class ThreadSeat(Seat):
     def stop_requested(self) -> bool:
         return self._session.stop.is_set()
 
-    def link(self) -> Link:
-        assert self._link is not None, "this member was started without a group"
-        return self._link
+    def link(self, group: str = WORLD) -> Link:
+        return self._links[group]
 
 
 class InProcessSession(Session):
@@ -86,15 +85,17 @@ class InProcessSession(Session):
         self.events: queue.Queue[SessionEvent] = queue.Queue()
         self.stop = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._links: list[Link] = []
+        self._links: list[dict[str, Link]] = []
         self._before: tuple[Any, int] | None = (_random_state(), _num_threads())  # the caller's own
 
-    def start(self, members: list[MemberSpec], link: LinkSpec | None) -> None:
+    def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None:
         baton = Baton()
         self._threads = [t for t in self._threads if t.is_alive()]
-        self._links = self._make_links(link, baton) if link is not None else []
+        made = [(link, self._make_links(link, baton)) for link in links]
+        self._links = []
         for spec in members:
-            own = self._links[spec.member] if link is not None else None
+            own = {link.group: ends[rank] for link, ends in made if (rank := link.rank_of(spec.member)) is not None}
+            self._links.append(own)
             thread = threading.Thread(
                 target=self._live, args=(spec, own, baton), name=f"{spec.role} {spec.member}", daemon=True
             )
@@ -110,15 +111,15 @@ class InProcessSession(Session):
         endpoints = inproc_endpoints(spec.world, baton=baton, deadline_s=spec.deadline_s)
         return [RingLink(e, e.member, spec.world, carrier="inproc", deadline_s=spec.deadline_s) for e in endpoints]
 
-    def _live(self, spec: MemberSpec, link: Link | None, baton: Baton) -> None:
+    def _live(self, spec: MemberSpec, links: Mapping[str, Link], baton: Baton) -> None:
         error: dict[str, Any] | None = None
         baton.acquire()
         try:
-            resolve(spec.entry)(ThreadSeat(spec, self, link))
+            resolve(spec.entry)(ThreadSeat(spec, self, links))
         except BaseException as raised:
             error = to_wire(raised, traceback.format_exc())
         finally:
-            if link is not None:
+            for link in links.values():
                 link.close()
             baton.release()
             self.events.put(Exited(spec.member, 1 if error else 0, 0, error))
@@ -128,8 +129,9 @@ class InProcessSession(Session):
 
     def kill(self) -> None:
         """A thread cannot be killed: its exchanges fail at once, and it ends there."""
-        for link in self._links:
-            link.close()
+        for own in self._links:
+            for link in own.values():
+                link.close()
 
     def poll(self, timeout_s: float) -> list[SessionEvent]:
         try:

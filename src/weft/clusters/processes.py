@@ -47,8 +47,8 @@ class ProcessSession(Session):
     def pid(self) -> int:
         return self._process.pid
 
-    def start(self, members: list[MemberSpec], link: LinkSpec | None) -> None:
-        self._send(encode_start(members, link))
+    def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None:
+        self._send(encode_start(members, links))
 
     def request_stop(self) -> None:
         self._send({"do": "signal", "signal": int(STOP)})

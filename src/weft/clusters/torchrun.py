@@ -219,7 +219,7 @@ class Leader(TorchrunSession):
 
     def _publish(self, where: str, deadline_s: float) -> None:
         payload = self.place.store(deadline_s) | {"serve": not self.place.agent_store, "where": where}
-        super().start([MemberSpec(STORE_KEEPER, "store keeper", f"{__name__}:publish", payload)], None)
+        super().start([MemberSpec(STORE_KEEPER, "store keeper", f"{__name__}:publish", payload)], [])
         while True:
             for event in super().poll(1.0):
                 if isinstance(event, Message):
@@ -280,9 +280,9 @@ class Leader(TorchrunSession):
         stranger.limit = LIMIT
         return hello
 
-    def start(self, members: list[MemberSpec], link: LinkSpec | None) -> None:
-        if link is None:
-            super().start(members, None)
+    def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None:
+        if not links:
+            super().start(members, links)
             return
         if len(members) != self.place.world:
             raise ConfigError(
@@ -290,12 +290,18 @@ class Leader(TorchrunSession):
                 f"start {len(members)} (--nnodes times --nproc-per-node)."
             )
         prefix = f"weft/{self._token}/{next(self._starts)}"
-        store = StoreSpec(self.place.master_addr, self.place.master_port, prefix)
-        link = dataclasses.replace(link, host=self.host, store=store)
+        links = [
+            dataclasses.replace(
+                link,
+                host=self.host,
+                store=StoreSpec(self.place.master_addr, self.place.master_port, f"{prefix}/{number}"),
+            )
+            for number, link in enumerate(links)
+        ]
         self._alive = set(range(self.place.world))
-        self._send(encode_start(members[:1], link))
+        self._send(encode_start(members[:1], links))
         for rank, pipe in self._others.items():
-            self._tell(pipe, encode_start([_without_task(members[rank])], link))
+            self._tell(pipe, encode_start([_without_task(members[rank])], links))
 
     def request_stop(self) -> None:
         super().request_stop()
@@ -441,7 +447,8 @@ class Follower(TorchrunSession):
     def _obey(self, command: dict[str, Any], task: dict[str, Any]) -> None:
         """Start and signal; whatever differs from host to host is filled in here."""
         if command["do"] == "start":
-            command["link"]["host"] = self.host
+            for link in command["links"]:
+                link["host"] = self.host
             for member in command["members"]:
                 member["payload"]["config"]["task"] = task
         else:

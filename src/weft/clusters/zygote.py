@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -27,6 +28,7 @@ import msgspec
 
 from weft.clusters.base import LinkSpec, MemberSpec, Seat, resolve
 from weft.clusters.pipe import Closed, Pipe
+from weft.comm.link import WORLD
 from weft.errors import to_wire
 
 if TYPE_CHECKING:
@@ -95,8 +97,8 @@ class Transport:
         store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s) if s else self.store
         return TorchDistLink(rank, spec.world, backend=backend, store=store, deadline_s=spec.deadline_s, host=spec.host)
 
-    def mark_dead(self, rank: int) -> None:
-        if self.region is not None and 0 <= rank < self.spec.world:
+    def mark_dead(self, member: int) -> None:
+        if self.region is not None and (rank := self.spec.rank_of(member)) is not None:
             self.region.mark_dead(rank)
 
     def close(self) -> None:
@@ -112,8 +114,8 @@ class Transport:
 
 
 class ForkedSeat(Seat):
-    def __init__(self, spec: MemberSpec, pipe: Pipe, transport: Transport | None) -> None:
-        self.spec, self._pipe, self._transport = spec, pipe, transport
+    def __init__(self, spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport]) -> None:
+        self.spec, self._pipe, self._transports = spec, pipe, transports
         self._stop = False
         signal.signal(STOP, self._on_stop)
 
@@ -126,9 +128,12 @@ class ForkedSeat(Seat):
     def stop_requested(self) -> bool:
         return self._stop
 
-    def link(self) -> Link:
-        assert self._transport is not None, "this member was started without a group"
-        return self._transport.link(self.spec.member)
+    def link(self, group: str = WORLD) -> Link:
+        for transport in self._transports:
+            rank = transport.spec.rank_of(self.spec.member)
+            if transport.spec.group == group and rank is not None:
+                return transport.link(rank)
+        raise LookupError(f"member {self.spec.member} stands in no group {group!r}")
 
 
 @dataclass
@@ -144,7 +149,7 @@ class Zygote:
     def __init__(self, launcher: Pipe) -> None:
         self.launcher = launcher
         self.children: dict[int, Child] = {}
-        self.transport: Transport | None = None
+        self.transports: list[Transport] = []
         self.preload: list[str] = []
         self.selector = selectors.DefaultSelector()
         self.wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -158,7 +163,9 @@ class Zygote:
             self.serve_once(None)
 
     def serve_once(self, timeout_s: float | None) -> None:
-        for key, _ in self.selector.select(timeout_s):
+        """What children said first, then who ended: to bury one closes what the same look may have found it to say."""
+        ready = [key for key, _ in self.selector.select(timeout_s)]
+        for key in sorted(ready, key=lambda key: key.fileobj == self.wake_read):
             key.data()
 
     def warm_up(self) -> None:
@@ -185,12 +192,11 @@ class Zygote:
                         os.kill(child.pid, command["signal"])
 
     def _start(self, command: dict[str, Any]) -> None:
-        if not self.children and self.transport is not None:
-            self.transport.close()
-            self.transport = None
+        if not self.children:
+            self._close_transports()
         try:
-            if command["link"] is not None:
-                self.transport = Transport(msgspec.convert(command["link"], LinkSpec))
+            for link in command["links"]:
+                self.transports.append(Transport(msgspec.convert(link, LinkSpec)))
         except Exception as error:
             self.launcher.send({"event": "refused", "error": to_wire(error, traceback.format_exc())})
             return
@@ -216,7 +222,7 @@ class Zygote:
                 os.close(child.output)
             self.launcher.close()
             self.selector.close()
-            run_child(spec, Pipe(theirs), self.transport)
+            run_child(spec, Pipe(theirs), self.transports)
         theirs.close()
         os.close(out_write)
         os.set_blocking(out_read, False)
@@ -224,6 +230,11 @@ class Zygote:
         self.children[pid] = child
         self.selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_message(child))
         self.selector.register(out_read, selectors.EVENT_READ, lambda: self._on_output(child))
+
+    def _close_transports(self) -> None:
+        for transport in self.transports:
+            transport.close()
+        self.transports = []
 
     def _on_message(self, child: Child) -> None:
         try:
@@ -264,8 +275,8 @@ class Zygote:
                 self._bury(self.children.pop(pid), status)
 
     def _bury(self, child: Child, status: int) -> None:
-        if self.transport is not None:
-            self.transport.mark_dead(child.member)
+        for transport in self.transports:
+            transport.mark_dead(child.member)
         self._forward(child, child.pipe.drain())
         registered = self.selector.get_map()
         if child.output in registered:
@@ -283,14 +294,14 @@ class Zygote:
         )
 
 
-def run_child(spec: MemberSpec, pipe: Pipe, transport: Transport | None) -> NoReturn:
+def run_child(spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport]) -> NoReturn:
     """The life of a member, from fork to _exit: exit handlers of the zygote are not ours to run."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        resolve(spec.entry)(ForkedSeat(spec, pipe, transport))
+        resolve(spec.entry)(ForkedSeat(spec, pipe, transports))
         code = 0
     except Closed:
         pass  # nobody is left to tell
@@ -320,12 +331,11 @@ def main() -> None:
         for child in zygote.children.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
-        if zygote.transport is not None:
-            zygote.transport.close()
+        zygote._close_transports()
 
 
-def encode_start(members: list[MemberSpec], link: LinkSpec | None) -> dict[str, Any]:
-    return {"do": "start", "members": [msgspec.to_builtins(m) for m in members], "link": msgspec.to_builtins(link)}
+def encode_start(members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> dict[str, Any]:
+    return {"do": "start", "members": msgspec.to_builtins(members), "links": msgspec.to_builtins(links)}
 
 
 if __name__ == "__main__":

@@ -157,6 +157,9 @@ class RingLink(Link):
         # Of all chunks, the reduce-scatter leaves out rank+1, the all-gather rank+2.
         return 2 * nbytes - sizes[(self.rank + 1) % self.world] - sizes[(self.rank + 2) % self.world]
 
+    def pace(self, bytes_per_s: int) -> None:
+        self._endpoint.pace(bytes_per_s)
+
     def close(self) -> None:
         self._endpoint.close(self._error)
 
@@ -195,7 +198,7 @@ class RingLink(Link):
         self.traffic.bytes_sent += sum(len(view) for views in sends.values() for view in views)
         self._endpoint.wait([*receiving, *sending], call.until, watch=self._others, doing=str(call))
         came = max((r.began for r in receiving), default=begin)
-        self.traffic.wait_s += max(0.0, came - begin)
+        self.traffic.waited(begin, max(begin, came))
 
     @contextmanager
     def _staged(self, buffers: Sequence[torch.Tensor]) -> Iterator[tuple[memoryview, list[Run]]]:

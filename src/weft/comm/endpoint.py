@@ -19,7 +19,7 @@ import numpy as np
 from weft.comm import wire
 from weft.comm.link import DEADLINE_S
 from weft.comm.wire import Head, Kind, Meta
-from weft.errors import CommError, DeadlineExceeded, PeerLost, from_wire, to_wire
+from weft.errors import CommError, DeadlineExceeded, Incompatible, PeerLost, from_wire, to_wire
 
 Buffer = bytes | bytearray | memoryview
 #: Where a payload shall go: views whose lengths add up to ``head.payload_bytes``. May raise to refuse the frame.
@@ -149,6 +149,10 @@ class Endpoint(ABC):
     @abstractmethod
     def close(self, error: CommError | None = None) -> None:
         """Say goodbye, and why, if with an error; release everything. Safe to call twice."""
+
+    def pace(self, bytes_per_s: int) -> None:
+        """Send no more than this to each peer present, from now on."""
+        raise Incompatible(f"a {type(self).__name__} has no sockets whose pace could be set: use --link tcp.")
 
     # Messages
 

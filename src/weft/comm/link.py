@@ -8,15 +8,18 @@ naming who is missing; a member that is gone raises ``PeerLost``. Results are bi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from weft.errors import Incompatible
 
 if TYPE_CHECKING:
     import torch
 
 Op = Literal["sum", "max"]
 DEADLINE_S = 60.0
+WORLD = "world"  # the name of the group of all members
 
 
 @dataclass
@@ -27,6 +30,13 @@ class Traffic:
     messages: int = 0
     busy_s: float = 0.0  # inside exchanges, waiting left out
     wait_s: float = 0.0  # until the others had come
+    on_wait: Callable[[float, float], None] | None = None  # hears when each wait began and ended
+
+    def waited(self, begin: float, end: float) -> None:
+        """A carrier waited for others; times by time.monotonic or time.perf_counter."""
+        self.wait_s += end - begin
+        if self.on_wait is not None:
+            self.on_wait(begin, end)
 
 
 class Link(ABC):
@@ -62,6 +72,10 @@ class Link(ABC):
     @abstractmethod
     def all_reduce_bytes(self, nbytes: int) -> int:
         """Bytes that this rank sends in an all-reduce of ``nbytes`` (for the plan; a law says that counting agrees)."""
+
+    def pace(self, bytes_per_s: int) -> None:
+        """Send no more than this to each peer from now on, to see how a slower network would do."""
+        raise Incompatible(f"link {self.carrier!r} has no sockets whose pace could be set: use --link tcp.")
 
     def close(self) -> None:
         """Release sockets and memory; safe to call twice."""

@@ -233,7 +233,7 @@ class TorchDistLink(Link):
         for slot in self._exchange_slots(mine):
             their_digest, their_rows = _SLOT_HEAD.unpack(_to_bytes(slot[: _SLOT_HEAD.size]))
             slots.append(_Slot(their_digest, their_rows, slot[_SLOT_HEAD.size :]))
-        self.traffic.wait_s += time.monotonic() - begin
+        self.traffic.waited(begin, time.monotonic())
         if any(slot.digest != digest for slot in slots):
             raise self._mismatch(call, [slot.digest for slot in slots])
         return slots

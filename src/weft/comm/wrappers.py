@@ -1,11 +1,12 @@
 """Faults as sentences, and a Link that commits them: ``FaultyLink(link, [kill(rank=2, step=5)], step=lambda: step)``.
 
-Patterns never know of them. Faults are plain data, so that a launcher can hand them to its workers.
+Patterns never know of them. Those of a member's own work are committed by ``weft.resilience.faulty_task``. Faults are plain data, so that a launcher can hand them to its workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -19,21 +20,32 @@ from weft.errors import ConfigError, PeerLost
 if TYPE_CHECKING:
     import torch
 
-FaultKind = Literal["kill", "freeze", "delay", "drop", "corrupt", "raise_error"]
+FaultKind = Literal["kill", "freeze", "delay", "drop", "corrupt", "raise_error", "throttle", "slow", "slow_loading"]
+STRIKES_LINK = ("kill", "freeze", "delay", "drop", "corrupt", "raise_error")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to ``rank`` at its first exchange of ``step`` (None: at every exchange)."""
+    """What happens to ``rank`` at its first exchange in ``step`` or after it (None: at every exchange, or all the time)."""
 
     kind: FaultKind
     rank: int
     step: int | None = None
     seconds: float = 0.0
+    factor: float = 1.0
+    bytes_per_s: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(FaultKind):
             raise ConfigError(f"unknown fault {self.kind!r}, possible: {', '.join(get_args(FaultKind))}")
+        if not (self.seconds >= 0 and math.isfinite(self.seconds)):
+            raise ConfigError(f"fault {self.kind} of seconds={self.seconds}: give a number of 0 or more.")
+        if not (self.factor >= 1 and math.isfinite(self.factor)):
+            raise ConfigError(f"fault {self.kind} of factor={self.factor}: give 1 (nothing changes) or more.")
+        if self.kind == "throttle" and not 0 < self.bytes_per_s < 2**31:
+            raise ConfigError(
+                f"fault throttle of bytes_per_s={self.bytes_per_s}: give a whole number from 1 to 2**31 - 1."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -54,7 +66,7 @@ def freeze(rank: int, step: int) -> Fault:
 
 
 def delay(rank: int, seconds: float, step: int | None = None) -> Fault:
-    """The rank comes ``seconds`` late."""
+    """What the rank sends in an exchange leaves ``seconds`` late, as over a link of that latency."""
     return Fault("delay", rank, step, seconds)
 
 
@@ -73,6 +85,21 @@ def raise_error(rank: int, step: int) -> Fault:
     return Fault("raise_error", rank, step)
 
 
+def throttle(rank: int, bytes_per_s: int) -> Fault:
+    """The rank's sockets send no more than this to each peer, paced by the kernel (carrier tcp)."""
+    return Fault("throttle", rank, bytes_per_s=bytes_per_s)
+
+
+def slow(rank: int, factor: float, step: int | None = None) -> Fault:
+    """The rank's compute takes ``factor`` times as long: it sleeps after it, in proportion to what it took."""
+    return Fault("slow", rank, step, factor=factor)
+
+
+def slow_loading(rank: int, seconds: float, step: int | None = None) -> Fault:
+    """Each batch takes the rank ``seconds`` longer to load."""
+    return Fault("slow_loading", rank, step, seconds)
+
+
 class FaultyLink(Link):
     """``link``, but for the faults of its rank. ``step`` tells where the rank stands. Each fault with a step strikes
     once."""
@@ -82,10 +109,13 @@ class FaultyLink(Link):
         self.traffic, self.carrier = link.traffic, link.carrier
         self._link = link
         self._step = step
-        self._faults = [fault for fault in faults if fault.rank == link.rank]
+        self._faults = [fault for fault in faults if fault.rank == link.rank and fault.kind in STRIKES_LINK]
+        for fault in faults:
+            if fault.rank == link.rank and fault.kind == "throttle":
+                link.pace(fault.bytes_per_s)
 
     def _strike(self, tensors: Sequence[torch.Tensor]) -> None:
-        due = [fault for fault in self._faults if fault.step in (None, self._step())]
+        due = [fault for fault in self._faults if fault.step is None or fault.step <= self._step()]
         self._faults = [fault for fault in self._faults if fault.step is None or fault not in due]
         for fault in due:
             if fault.kind == "kill":
@@ -94,6 +124,7 @@ class FaultyLink(Link):
                 os.kill(os.getpid(), signal.SIGSTOP)
             elif fault.kind == "delay":
                 time.sleep(fault.seconds)
+                self.traffic.wait_s += fault.seconds  # the others wait as long: it is the link's time, not the rank's
             elif fault.kind == "drop":
                 self._link.close()
                 raise PeerLost(f"the link of rank {self.rank} broke, as {fault} asks", (self.rank,))

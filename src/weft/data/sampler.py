@@ -7,7 +7,8 @@ cursor. O(n log n) once an epoch, O(B) a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Sampler:
     ``batch`` is the joined batch of all ranks; the last of an epoch may be smaller, none crosses into the next epoch.
 
     Under ``Shuffle`` the joined batches do not depend on the world: each is cut into ``world`` parts whose sizes differ
-    by at most one. Under a fixed partition a rank draws its own shard only, and the shards are merged so that each is
+    by at most one, or as ``cut`` says. Under a fixed partition a rank draws its own shard only, and the shards are merged so that each is
     drawn from in proportion to its size and all end together; a rank may then draw nothing in a small batch.
 
     Raises DataError when there are more ranks than examples or the partition cannot be made.
@@ -59,6 +60,7 @@ class Sampler:
         self.partitioner = partitioner
         self._labels, self._keys = labels, keys
         self._owner = self._owners(world)
+        self._bounds: Sequence[int] = range(world + 1)  # in proportion: where a rank's part of a joined batch begins
         self.epoch = 0
         self._past: list[tuple[int, int]] = []  # (world, examples drawn under it), earlier in this epoch
         self._drawn = 0  # under this world, after what is past
@@ -84,6 +86,17 @@ class Sampler:
         else:
             self._drawn += len(joined)
         return draw
+
+    def cut(self, shares: Sequence[int]) -> None:
+        """From the next draw on rank r takes ``shares[r]`` of a joined batch (of a smaller one in proportion), in rank
+        order. Which examples the batch holds stays the same. Not part of ``state_dict``.
+        """
+        if self._owner is not None:
+            raise ConfigError(
+                f"partition {self.partitioner.name!r} gives each rank its own examples, whose shares follow from it: "
+                "use 'shuffle' where shares shall be chosen."
+            )
+        self._bounds = bounds_of(shares, self.world, self.batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: small, JSON-able, the same on every rank.
@@ -121,7 +134,7 @@ class Sampler:
 
     def _own(self, joined: Indices) -> Indices:
         if self._owner is None:
-            begin, end = (len(joined) * r // self.world for r in (self.rank, self.rank + 1))
+            begin, end = part_of(len(joined), self._bounds, self.rank)
             return joined[begin:end]
         own: Indices = joined[self._owner[joined] == self.rank]
         return own
@@ -139,6 +152,17 @@ class Sampler:
             unseen[_merge(left, self._owners(world))[:drawn]] = False
             left = left[unseen[left]]
         return _merge(left, self._owner)
+
+
+def bounds_of(shares: Sequence[int], world: int, batch: int) -> list[int]:
+    if len(shares) != world or sum(shares) != batch or min(shares) < 0:
+        raise ValueError(f"shares {list(shares)} are not {world} numbers that add up to {batch}")
+    return [0, *accumulate(shares)]
+
+
+def part_of(count: int, bounds: Sequence[int], rank: int) -> tuple[int, int]:
+    """Where the rank's part of ``count`` examples begins and ends, in proportion to ``bounds``."""
+    return count * bounds[rank] // bounds[-1], count * bounds[rank + 1] // bounds[-1]
 
 
 def _merge(examples: Indices, owner: Indices | None) -> Indices:

@@ -17,7 +17,6 @@ from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
 if TYPE_CHECKING:
-    from weft.comm.link import Link
     from weft.config import Config
     from weft.patterns.training import Exchange, Replica
 
@@ -36,6 +35,7 @@ class AllReduce(Pattern):
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
+    balances: ClassVar[bool] = True
 
     accumulate: int = field(default=1, metadata={"doc": "micro-batches per step: less memory, same result"})
     clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of the averaged gradient"})
@@ -69,20 +69,25 @@ class AllReduce(Pattern):
                 f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
             )
 
-    def links(self, facts: Facts, workers: int, carrier: str, bytes_for: Callable[[int], int]) -> list[LinkPlan]:
+    def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
+        plan = self.among(facts, config.workers, bytes_for, carrier)
+        return [plan] if plan else []
+
+    def among(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan | None:
+        """Of a group of this size; None if there is nobody to talk to."""
         if workers == 1:
-            return []
+            return None
         gradients = facts.gradient_bytes
         running = sum(b.nbytes for b in facts.buffers if b.running)
         tail = 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
         what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
         integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
-        nbytes = bytes_for(sum(gradients.values()) + running - integers + tail)
+        nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
         if integers:
-            nbytes += bytes_for(integers)
+            nbytes += bytes_for(integers, workers)
         if any(p.sparse for p in facts.params):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
-        return [LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)]
+        return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
 
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         copies = 1 if workers == 1 else 2  # autograd's and the arena's
@@ -94,7 +99,7 @@ class AllReduce(Pattern):
             "buffers": sum(b.nbytes for b in facts.buffers),
         }
 
-    def notes(self, facts: Facts) -> list[str]:
+    def notes(self, facts: Facts, config: Config) -> list[str]:
         result = []
         if any(b.running for b in facts.buffers):
             result.append(
@@ -115,7 +120,7 @@ class AllReduce(Pattern):
         chain = [ClipNorm(self.clip_norm)] if self.clip_norm is not None else []
         return Replica(ctx, accumulate=self.accumulate, autocast=self.autocast, chain=chain)
 
-    def exchange(self, replica: Replica, link: Link) -> Exchange:
+    def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.mean import JoinedMean
 
-        return JoinedMean(replica, link)
+        return JoinedMean(replica, replica.link)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
+from weft.comm.link import WORLD
+from weft.data.shards import Index
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -16,17 +18,26 @@ if TYPE_CHECKING:
 
     from weft.comm.link import Link
     from weft.config import Config
+    from weft.data.balance import Decision
+    from weft.events import Event
     from weft.patterns.training import Exchange, Replica
+    from weft.sections import Section
+    from weft.spans import Spans
     from weft.task import Task
 
 Tier = Literal["stable", "beta", "contrib"]
 
-NUM_COLUMNS = 3  # weight, loss, stop flag: what every rank tells the others beside its gradients
+NUM_COLUMNS = 4  # weight, loss, stop flag, seconds: what every rank tells the others beside its gradients
 
 
 def tail_numel(world: int, num_params: int) -> int:
     """Numbers (float64) beside the gradients in an exchange: a row per rank, a presence count per parameter."""
     return world * NUM_COLUMNS + num_params
+
+
+def own_rows_numel(world: int) -> int:
+    """Numbers (float64) beside the deltas in a meeting: a weight and a stop flag per rank."""
+    return 2 * world
 
 
 class ParamFact(msgspec.Struct, frozen=True):
@@ -52,13 +63,16 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     params: list[ParamFact]
     buffers: list[BufferFact]
-    train_examples: int
+    train_examples: int | None  # None: a stream that does not tell its length
     test_examples: int
     optimizer_bytes: int
     activation_bytes: int
-    metrics: list[str]
+    sums: dict[str, tuple[int, ...]]  # shapes of what the task's evaluation adds up, by name
     notes: dict[str, float]
     device: str
+    indexes: dict[str, Index] = {}  # of what is sharded: "training", "held-out"
+    about_data: list[str] = []  # how it streams, in words, for the plan
+    owned: list[int] = []  # training examples of each worker, where shards make them unequal
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -68,6 +82,15 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
             if p.trainable and not p.sparse:
                 result[p.dtype] = result.get(p.dtype, 0) + p.nbytes
         return result
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members who talk to each other, in rank order; ``nbytes``: what each exchanges, to be held where the carrier likes it."""
+
+    name: str
+    members: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -93,9 +116,11 @@ class Context:
     world: int
     total_steps: int
     device: torch.device
-    link: Link
+    link: Link  # of all workers
     stop_requested: Callable[[], bool]
+    groups: Mapping[str, Link] = field(default_factory=dict)  # the smaller groups it stands in, by name
     resume: Resume | None = None
+    spans: Spans | None = None  # of a traced run
 
 
 @dataclass(frozen=True)
@@ -104,32 +129,46 @@ class Resume:
 
     step: int
     world: int
-    state: Mapping[str, Any]
+    parts: Mapping[str, Mapping[str, Any]]  # by name; FIRST_PART is what all workers held alike
     meta: Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class StepReport:
-    """One update as this member saw it. Times are this member's seconds, ``losses`` and ``examples`` are all ranks'."""
+    """One update as this member saw it. Times are this member's seconds.
 
-    losses: list[float] = field(default_factory=list)  # by rank, sum over its examples
-    examples: list[float] = field(default_factory=list)  # by rank
+    ``losses`` (sums over examples) and ``weights`` (their counts, as the task counts) are those of the ranks whose
+    gradients were joined: of all, of an island, or this member's alone. ``examples``: drawn by all ranks in this step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    examples: int = 0
     data_s: float = 0.0
     compute_s: float = 0.0
     exchange_s: float = 0.0
     wait_s: float = 0.0
+    skew_s: float = 0.0  # of wait_s: until the slowest rank had computed
     bytes_sent: int = 0  # since the last report
+    sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
+    messages: int = 0
+    balance: Decision | None = None  # the shares change
 
 
 @dataclass(slots=True)
 class SafePoint:
-    """The role's state is consistent: the driver may save, evaluate, stop here. ``stop``: all members agreed to stop."""
+    """The role's state is consistent: the driver may save, evaluate, stop here. ``stop``: all members agreed to stop.
+
+    ``parts`` (by all members together): what this member writes to a checkpoint, by name; ``joint``: others than rank 0
+    write, too.
+    """
 
     version: int
     stop: bool
     ended: bool
     report: StepReport
-    state: Callable[[], dict[str, Any]]
+    parts: Callable[[], dict[str, Any]]
+    joint: bool
     meta: Callable[[], dict[str, Any]]
     evaluate: Callable[[], dict[str, float]]
 
@@ -142,6 +181,12 @@ class Pattern(ABC):
     tier: ClassVar[Tier]
     summary: ClassVar[str]
     answers: ClassVar[dict[str, str]]
+    nests: ClassVar[tuple[str, ...]] = ()  # options that are patterns themselves
+    #: Its exchange tells all ranks each one's seconds, so that shares may follow them (--balance auto).
+    balances: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return self.name
 
     @abstractmethod
     def roles(self, workers: int) -> tuple[Role, ...]: ...
@@ -150,21 +195,38 @@ class Pattern(ABC):
         """Refuse what this pattern cannot do with this task, before any worker starts."""
 
     @abstractmethod
-    def links(self, facts: Facts, workers: int, carrier: str, bytes_for: Callable[[int], int]) -> list[LinkPlan]:
-        """What travels in a step; ``bytes_for(n)`` is what one member sends to all-reduce n bytes on this carrier."""
+    def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
+        """What travels in a step; ``bytes_for(n, world)``: what one of ``world`` members sends to all-reduce n bytes."""
 
     @abstractmethod
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         """Predicted bytes on one worker by purpose."""
 
-    def notes(self, facts: Facts) -> list[str]:
+    def notes(self, facts: Facts, config: Config) -> list[str]:
         """Policies that touch this model, in words, for the plan."""
         return []
+
+    def groups(self, facts: Facts, workers: int) -> list[Group]:
+        """Who is joined by a link of their own; the first is all workers."""
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        return [Group(WORLD, tuple(range(workers)), sum(facts.gradient_bytes.values()) + running)]
+
+    def writer_for(self, rank: int) -> int:
+        """Whose part of a checkpoint holds what this rank keeps for itself."""
+        return 0
+
+    def period(self, facts: Facts, config: Config) -> int:
+        """Steps from one moment at which all replicas are equal to the next: saving there costs no exchange."""
+        return 1
+
+    def sections(self, events: Iterable[Event]) -> Sequence[Section]:
+        """This pattern's own part of the report of a run that it distributed, from the run's events."""
+        return ()
 
     def replica(self, ctx: Context) -> Replica:
         """The worker's model, for patterns whose workers each hold a whole replica."""
         raise NotImplementedError
 
-    def exchange(self, replica: Replica, link: Link) -> Exchange:
+    def exchange(self, replica: Replica) -> Exchange:
         """When and what those replicas exchange."""
         raise NotImplementedError

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
 
 from weft.data.partition import Partitioner
+from weft.data.shards import Reader
 from weft.errors import TaskError
 from weft.task import Task
 
@@ -25,16 +25,28 @@ class Batches:
         if type(dataset) is TensorDataset and task.collate is None:
             # default_collate of its examples is plain indexing, some 100 us dearer. On a CPU all is placed beforehand
             self.tensors = [self._place(t) if device.type == "cpu" else t for t in dataset.tensors]
+        #: a batch at once, without an object per record
+        self.whole = isinstance(dataset, Reader) and dataset.shards.transform is None and task.collate is None
+        if isinstance(dataset, Reader) and dataset.shards.batch_transform is not None and task.collate is not None:
+            raise TaskError(
+                f"{type(task).__name__} has a collate and its Shards a batch_transform, and both make the batch: leave one out."
+            )
 
     def __call__(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
         if self.tensors is not None:
             index = torch.from_numpy(indices)
             batch = [torch.index_select(t, 0, index) for t in self.tensors]
             return batch if self.device.type == "cpu" else self._place(batch)
+        if self.whole:
+            transform, records = self.dataset.shards.batch_transform, self.dataset.records(indices)
+            return self._place(as_tensors(records if transform is None else transform(records)))
         if hasattr(self.dataset, "__getitems__"):
             examples = self.dataset.__getitems__(indices.tolist())
         else:
             examples = [self.dataset[i] for i in indices.tolist()]
+        return self.of(examples)
+
+    def of(self, examples: list[Any]) -> Any:
         return self._place(self.collate(examples))
 
     def _place(self, batch: Any) -> Any:
@@ -48,6 +60,17 @@ class Batches:
         if isinstance(batch, list | tuple):
             return type(batch)(self._place(v) for v in batch)
         return batch
+
+
+def as_tensors(batch: Any) -> Any:
+    """numpy arrays, wherever they stand in it, as tensors that share their memory; arrays of objects as lists."""
+    if isinstance(batch, np.ndarray):
+        return batch.tolist() if batch.dtype == object else torch.from_numpy(batch)
+    if isinstance(batch, dict):
+        return {name: as_tensors(value) for name, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(as_tensors(value) for value in batch)
+    return batch
 
 
 def check_loss(loss: Any, task: Task) -> None:
@@ -66,25 +89,6 @@ def check_loss(loss: Any, task: Task) -> None:
         f"{who} returned a tensor that needs no gradient: compute it from model(batch) without detach(), "
         "no_grad() or .item(), and leave some parameter unfrozen."
     )
-
-
-def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[Any, float]]:
-    """The task's sums and counts, checked; the loss is added where it is missing."""
-    parts = task.evaluate(model, batch)
-    who = f"{type(task).__name__}.evaluate"
-    if not isinstance(parts, Mapping):
-        raise TaskError(
-            f"{who} returned {type(parts).__name__}: return a dict such as {{'accuracy': (num_correct, num_examples)}}."
-        )
-    for name, pair in parts.items():
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise TaskError(
-                f"{who}[{name!r}] is {pair!r}: return a pair (sum over the batch, count), so that shards add up."
-            )
-    if "loss" not in parts:
-        n = task.num_examples(batch)
-        parts = {"loss": (task.loss(model, batch) * n, n), **parts}
-    return dict(parts)
 
 
 Groups = np.ndarray[Any, Any] | None
@@ -125,11 +129,11 @@ def labels_of(dataset: Any) -> np.ndarray[Any, Any]:
 def check_map_style(dataset: Any, which: str, task: Task) -> int:
     """Length of a map-style dataset, or a TaskError."""
     who = f"{type(task).__name__}.data"
-    if isinstance(dataset, IterableDataset):
-        raise TaskError(f"{who}: the {which} set is an IterableDataset; give a map-style one (with len() and [i]).")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        streams = " or an IterableDataset" if which == "training" else ""
         raise TaskError(
-            f"{who}: the {which} set is {type(dataset).__name__}; give a map-style dataset (with len() and [i])."
+            f"{who}: the {which} set is {type(dataset).__name__}; give a map-style dataset (with len() and [i]), "
+            f"weft.data.Shards{streams}."
         )
     n = len(dataset)
     if n == 0:

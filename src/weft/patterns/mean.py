@@ -1,13 +1,13 @@
-"""The weighted mean of all ranks' gradients in one exchange, and with it what ranks must agree on.
+"""The weighted mean of the ranks' gradients in one exchange, and with it what ranks must agree on.
 
 The exchange carries: the gradient arena; BatchNorm-like running buffers; and a small float64 tail with a row per rank
-(weight, loss, stop flag: nobody else writes there, so the sum is a gather) and one presence count per parameter.
+(weight, loss, stop flag, seconds: nobody else writes there, so the sum is a gather) and one presence count per parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,25 +15,52 @@ from torch import Tensor
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
-from weft.patterns.training import Exchange, Replica, flat_buffer
+from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
-WEIGHT, LOSS, STOP = range(NUM_COLUMNS)
+WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
+
+
+class Running:
+    """Buffers that a training step changes (BatchNorm's statistics): their mean over ranks, weighted; of integers the largest."""
+
+    def __init__(self, replica: Replica, link: Link) -> None:
+        self.link = link
+        self.floats = [b for b in replica.running.values() if b.is_floating_point()]
+        self.integers = [b for b in replica.running.values() if not b.is_floating_point()]
+        device = replica.ctx.device
+        self.staged = [flat_buffer(link, b.numel(), b.dtype, device).view(b.shape) for b in self.floats]
+
+    def stage(self, scale: float) -> list[Tensor]:
+        """What to all-reduce together with the rest."""
+        for staged, buffer in zip(self.staged, self.floats, strict=True):
+            torch.mul(buffer, scale, out=staged)
+        return self.staged
+
+    def take(self, correction: float) -> None:
+        """After that all-reduce, by all ranks."""
+        if self.integers:
+            self.link.all_reduce(self.integers, op="max")
+        if self.floats:
+            if correction != 1.0:
+                torch._foreach_mul_(self.staged, correction)
+            torch._foreach_copy_(self.floats, self.staged)
 
 
 class JoinedMean(Exchange):
-    def __init__(self, replica: Replica, link: Link) -> None:
+    """Of all ranks of ``link``, who are the workers ``ranks``: of the whole world, or of one island in it."""
+
+    def __init__(self, replica: Replica, link: Link, ranks: Sequence[int] | None = None) -> None:
         self.replica, self.link = replica, link
-        self.stop_requested: Callable[[], bool] = replica.ctx.stop_requested
-        names = list(replica.params)
-        self.position = {name: k for k, name in enumerate(names)}
-        device = replica.ctx.device
-        self.tail = flat_buffer(link, tail_numel(link.world, len(names)), torch.float64, device)
+        self.ranks = ranks or range(link.world)
+        self.position = {name: k for k, name in enumerate(replica.params)}
+        if link.world == 1:
+            return
+        self.arena = Arena({n: p for n, p in replica.params.items() if n not in replica.sparse}, link)
+        self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)
         self.presence = self.tail[link.world * NUM_COLUMNS :]
-        self.floats = [b for b in replica.running.values() if b.is_floating_point()]
-        self.integers = [b for b in replica.running.values() if not b.is_floating_point()]
-        self.staged = [flat_buffer(link, b.numel(), b.dtype, device).view(b.shape) for b in self.floats]
+        self.running = Running(replica, link)
 
     def gradients(self, update: Update) -> Update:
         return self._join(update) if self.link.world > 1 else self._alone(update)
@@ -41,7 +68,9 @@ class JoinedMean(Exchange):
     def _alone(self, update: Update) -> Update:
         """The same with nobody to talk to."""
         replica = self.replica
-        self.stop = self.stop_requested()
+        self.stop = replica.ctx.stop_requested()
+        if not replica.joined:
+            return update  # it drew nothing in this step
         self._check(replica.report.losses, [update.weight])
         if (correction := replica.joined / update.weight) != 1.0:
             torch._foreach_mul_(update.tensors(), correction)
@@ -49,41 +78,53 @@ class JoinedMean(Exchange):
 
     def _join(self, update: Update) -> Update:
         replica, rank = self.replica, self.link.rank
-        self._zero_absent(update)
+        self._fill_arena(update)
         self.tail.zero_()
         own = self.rows[rank]
-        own[WEIGHT], own[LOSS], own[STOP] = update.weight, replica.report.losses[0], float(self.stop_requested())
+        own[WEIGHT], own[LOSS] = update.weight, replica.report.losses[0]
+        own[STOP] = float(replica.ctx.stop_requested())
+        own[SECONDS] = replica.seconds
         if len(update.entries) == len(self.position):
             self.presence.fill_(1.0)
         else:
             self.presence[[self.position[n] for n in update.entries]] = 1.0
-        for staged, buffer in zip(self.staged, self.floats, strict=True):
-            torch.mul(buffer, update.weight / replica.joined, out=staged)
+        staged = self.running.stage(update.weight / replica.joined)
 
-        self.link.all_reduce([*replica.arena.buffers, *self.staged, self.tail])
-        if self.integers:
-            self.link.all_reduce(self.integers, op="max")
+        self.link.all_reduce([*self.arena.buffers, *staged, self.tail])
 
-        weights, losses, stops = self.rows.T.tolist()
-        replica.report.losses, replica.report.examples = losses, weights
+        weights, losses, stops, seconds = self.rows.T.tolist()
+        replica.report.losses, replica.report.weights = losses, weights
+        replica.report.skew_s = max(seconds) - seconds[rank]
+        if self.link.world == replica.ctx.world:
+            replica.rebalance(seconds)
         self.stop = any(stops)
+        if not sum(weights) and self.link.world < replica.ctx.world:
+            return Update({}, 0.0, update.version)  # of a small batch this island drew nothing
         self._check(losses, weights)
-        correction = replica.joined / sum(weights)  # 1 unless the task counts examples its own way
+        correction = replica.joined / sum(weights)  # 1 unless shares or the task's own counts are uneven
         if correction != 1.0:
-            torch._foreach_mul_([*replica.arena.buffers, *self.staged], correction)
-        if self.floats:
-            torch._foreach_copy_(self.floats, self.staged)
+            torch._foreach_mul_(self.arena.buffers, correction)
+        self.running.take(correction)
         return self._combined(update, correction)
 
-    def _zero_absent(self, update: Update) -> None:
+    def _fill_arena(self, update: Update) -> None:
         """A parameter that this rank's examples did not touch adds nothing to the sum."""
-        for name, view in self.replica.arena.views.items():
-            if name not in update.entries:
+        source: list[Tensor] = []
+        target: list[Tensor] = []
+        for name, view in self.arena.views.items():
+            entry = update.entries.get(name)
+            if entry is None:
                 view.zero_()
+            else:
+                assert isinstance(entry, Dense)
+                source.append(entry.tensor)
+                target.append(view)
+        if target:
+            torch._foreach_copy_(target, source)
 
     def _check(self, losses: list[float], weights: list[float]) -> None:
         step = self.replica.step
-        for rank, loss in enumerate(losses):
+        for rank, loss in zip(self.ranks, losses, strict=True):
             if not math.isfinite(loss):
                 raise TaskError(
                     f"the loss is {loss} on rank {rank} at step {step + 1}: no update was made. Lower the learning rate, "
@@ -99,13 +140,13 @@ class JoinedMean(Exchange):
         for name, present in zip(self.position, self.presence.tolist(), strict=True):
             if not present:
                 continue
-            if name in self.replica.arena.views:
-                entries[name] = Dense(self.replica.arena.views[name])
+            if name in self.arena.views:
+                entries[name] = Dense(self.arena.views[name])
             else:
                 rows = update.entries[name]
                 assert isinstance(rows, Rows)
                 entries[name] = self._gather(rows, correction)
-        return Update(entries, sum(self.replica.report.examples), update.version)
+        return Update(entries, sum(self.replica.report.weights), update.version)
 
     def _gather(self, rows: Rows, correction: float) -> Rows:
         indices: Tensor = torch.cat(self.link.all_gather(rows.indices))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,23 @@ def optimizer_state_by_name(optimizer: torch.optim.Optimizer, params: Mapping[st
         for g in state["param_groups"]
     ]
     return {"state": {order[i]: s for i, s in state["state"].items()}, "param_groups": groups}
+
+
+def mean_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of several workers' states, tensor by tensor; what is no floating-point tensor is the first one's."""
+    joined = dict(states[0])
+    joined["state"] = {
+        name: {key: _mean([s["state"][name][key] for s in states if name in s["state"]]) for key in first}
+        for name, first in {n: s for state in reversed(states) for n, s in state["state"].items()}.items()
+    }
+    return joined
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
+        return first
+    return torch.stack([v.double() for v in values]).mean(0).to(first.dtype)
 
 
 def load_optimizer_state_by_name(

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from weft.config import Config
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
-from weft.errors import ConfigError, DataError, TaskError
+from weft.data.shard_sampler import ShardSampler
+from weft.data.shards import MB, Index, Shards
+from weft.errors import ConfigError, DataError, Incompatible, TaskError
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
-from weft.patterns.batches import Batches, check_loss, check_map_style, evaluate_batch, groups_of
+from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
+from weft.patterns.feeds import is_stateful, length_of, name_of, readable
+from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.randomness import seed_everything
 from weft.task import Task
 
 
-def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
+def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, Index] | None = None) -> Facts:
+    """``known``: the indexes of a run that is resumed; its shards must be as they were."""
     name = type(task).__name__
     device = choose_device(config.device)
     dtype = cast(torch.dtype, getattr(torch, config.dtype))
     seed_everything(key_int(config.seed, "data"))
-    train, test, sizes = load_data(task, config)
+    data = load_data(task, config, known or {})
     seed_everything(key_int(config.seed, "init"))
     model = task.model()
     if not isinstance(model, nn.Module):
@@ -42,9 +50,13 @@ def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
     check_optimizer(optimizer, params, name)
     check_schedule(task.schedule(optimizer, 100), name)
 
-    share = np.arange(min(sizes[0], -(-config.batch // config.workers)))
-    batches = Batches(train, task, device, dtype)
-    batch = batches(share)
+    share = -(-config.batch // config.workers)
+    batches = Batches(data.train, task, device, dtype)
+    batch = (
+        batches(np.arange(min(data.num_train or share, share)))
+        if data.first is None
+        else batches.of(data.first[:share])
+    )
     before = {n: (b.clone(), b._version) for n, b in model.named_buffers()}
     saved = SavedBytes(model)
     with saved:
@@ -77,7 +89,11 @@ def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
         ) from error
     with torch.no_grad():
         model.eval()
-        metrics = evaluate_batch(task, model, Batches(test, task, device, dtype)(np.arange(min(sizes[1], 2))))
+        sums = evaluate_batch(task, model, Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2))))
+    shapes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
+    totals = Totals(task, shapes)
+    totals.add(sums)
+    totals.summary()
     facts = Facts(
         params=[
             ParamFact(n, tuple(p.shape), str(p.dtype).removeprefix("torch."), nbytes(p), p.requires_grad, n in sparse)
@@ -87,13 +103,16 @@ def preflight(task: Task, pattern: Pattern, config: Config) -> Facts:
             BufferFact(n, str(b.dtype).removeprefix("torch."), nbytes(b), n in running)
             for n, b in model.named_buffers()
         ],
-        train_examples=sizes[0],
-        test_examples=sizes[1],
+        train_examples=data.num_train,
+        test_examples=data.num_test,
         optimizer_bytes=sum(nbytes(t) for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)),
         activation_bytes=saved.total,
-        metrics=list(metrics),
+        sums=shapes,
         notes=task.notes(),
         device=device.type,
+        indexes=data.indexes,
+        about_data=data.notes,
+        owned=data.owned,
     )
     pattern.check(facts, config)
     return facts
@@ -105,25 +124,95 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def load_data(task: Task, config: Config) -> tuple[Any, Any, tuple[int, int]]:
+class Data(NamedTuple):
+    train: Any
+    test: Any
+    num_train: int | None
+    num_test: int
+    first: list[Any] | None  # of a stream: examples of the first joined batch
+    indexes: dict[str, Index]
+    notes: list[str]
+    owned: list[int]
+
+
+def load_data(task: Task, config: Config, known: Mapping[str, Index]) -> Data:
     name = type(task).__name__
     pair = task.data()
     if not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise TaskError(f"{name}.data returned {type(pair).__name__}: return two datasets, (train, held-out).")
     train, test = pair
-    sizes = check_map_style(train, "training", task), check_map_style(test, "held-out", task)
-    if sizes[0] < config.workers:
+    shards = {which: dataset for which, dataset in zip(("training", "held-out"), pair) if isinstance(dataset, Shards)}
+    indexes = {which: one.same(known[which]) if which in known else one.scan() for which, one in shards.items()}
+    train, test = readable(train, indexes.get("training")), readable(test, indexes.get("held-out"))
+    first: list[Any] | None = None
+    if isinstance(train, IterableDataset):
+        num_train, first = check_stream(train, task, config)
+    else:
+        num_train = check_map_style(train, "training", task)
+    num_test = check_map_style(test, "held-out", task)
+    at_least = num_train if num_train is not None else len(first or ())
+    if at_least < config.workers:
         raise DataError(
-            f"{config.workers} workers cannot share {sizes[0]} training examples: use at most {sizes[0]} workers."
+            f"{config.workers} workers cannot share {at_least} training examples: use at most {at_least} workers."
         )
-    if sizes[0] < config.batch:
+    if at_least < config.batch:
         raise ConfigError(
-            f"batch {config.batch} is larger than the training set of {sizes[0]} examples: give at most --batch {sizes[0]}."
+            f"batch {config.batch} is larger than the training set of {at_least} examples: give at most --batch {at_least}."
         )
     partitioner = parse_partitioner(config.partition)
-    if partitioner.fixed:
-        partitioner.owners(sizes[0], config.workers, config.seed, *groups_of(train, task, partitioner))
-    return train, test, sizes
+    streams = "shards" if "training" in indexes else "a stream" if first is not None else ""
+    if streams and str(partitioner) != "shuffle":
+        raise Incompatible(
+            f"partition {config.partition!r} gives single examples to workers, and the training set of {name} is {streams}: "
+            "leave --partition out (write one file per group to keep examples together)."
+        )
+    if config.balance == "auto" and "training" in indexes:
+        raise Incompatible(
+            f"balance 'auto' gives quick workers more of each batch, and of the shards of {name} a worker draws its own only: "
+            "leave --balance out."
+        )
+    owned: list[int] = []
+    if "training" in indexes:
+        owned = ShardSampler(indexes["training"], config.batch, 0, config.workers, config.seed).owned()
+    elif partitioner.fixed:
+        partitioner.owners(num_train or 0, config.workers, config.seed, *groups_of(train, task, partitioner))
+    notes = [about_shards(which, shards[which], index) for which, index in indexes.items()]
+    if first is not None:
+        notes.append(about_stream(train))
+    return Data(train, test, num_train, num_test, first, indexes, notes, owned)
+
+
+def check_stream(dataset: Any, task: Task, config: Config) -> tuple[int | None, list[Any]]:
+    """Its length, if it tells one, and the examples of a joined batch."""
+    who, length = f"{type(task).__name__}.data: the training stream {name_of(dataset)}", length_of(dataset)
+    if length is None and config.steps is None:
+        raise ConfigError(
+            f"{who} has no length, so that epochs={config.epochs} cannot be counted: say how long with --steps, or give it a "
+            "__len__ (the number of examples of one pass)."
+        )
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(0)
+    first = list(islice(iter(dataset), config.batch))
+    if not first:
+        raise DataError(f"{who} yields no examples: look at what its __iter__ reads.")
+    if length is not None and len(first) < min(length, config.batch):
+        raise DataError(
+            f"{who} ended after {len(first)} examples, and its __len__ says {length}: let them agree (a stream that "
+            "gives each worker its own part does this: Weft deals the examples, each worker must see them all)."
+        )
+    return length, first
+
+
+def about_shards(which: str, shards: Shards, index: Index) -> str:
+    return (
+        f"{which} set: {len(index.files)} file(s), {len(index.shards())} shard(s); a worker opens those it reads, and holds and "
+        f"shuffles up to {shards.buffer_bytes / MB:.3g} MB of them at a time"
+    )
+
+
+def about_stream(dataset: Any) -> str:
+    how = "its state_dict is saved" if is_stateful(dataset) else "a resume goes through it again up to its place"
+    return f"training set: a stream that every worker reads whole, keeping its part of each batch; {how}"
 
 
 def check_optimizer(optimizer: Any, params: dict[str, nn.Parameter], name: str) -> None:

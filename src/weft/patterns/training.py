@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.comm.link import Link
+from weft.comm.link import WORLD, Link
+from weft.config import FIRST_PART, part_of
+from weft.data.balance import Balancer
 from weft.data.keys import key_int
-from weft.data.partition import parse as parse_partitioner
-from weft.data.sampler import Sampler
 from weft.errors import CheckpointError, TaskError
-from weft.patterns.base import Context, SafePoint, StepReport
-from weft.patterns.batches import Batches, check_loss, evaluate_batch, groups_of
+from weft.patterns.base import Context, Resume, SafePoint, StepReport
+from weft.patterns.batches import Batches, check_loss
+from weft.patterns.feeds import make_feed, readable
+from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.update import Dense, Rows, Transform, Update, apply_all
@@ -39,16 +41,11 @@ def flat_buffer(link: Link, numel: int, dtype: torch.dtype, device: torch.device
 
 
 class Arena:
-    """One flat buffer per dtype that holds all dense gradients, so that an exchange is one call and not one per tensor.
-
-    Alone there is no exchange: gradients then stay where autograd puts them, and the arena is empty.
-    """
+    """One flat buffer per dtype with a view for each parameter, so that an exchange is one call and not one per tensor."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], link: Link) -> None:
         self.buffers: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
-        if link.world == 1:
-            return
         for dtype in dict.fromkeys(p.dtype for p in params.values()):
             members = {n: p for n, p in params.items() if p.dtype == dtype}
             device = next(iter(members.values())).device
@@ -66,7 +63,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Replica:
-    """A whole model on one worker: its arena, optimizer, schedule, place in the data."""
+    """A whole model on one worker: its optimizer, schedule, place in the data."""
 
     def __init__(
         self, ctx: Context, *, accumulate: int = 1, autocast: str = "none", chain: Sequence[Transform] = ()
@@ -81,35 +78,35 @@ class Replica:
         self.model = task.model().to(ctx.device, dtype)
         self.params = trainable(self.model)
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
-        self.arena = Arena({n: p for n, p in self.params.items() if n not in self.sparse}, ctx.link)
         running = {b.name for b in ctx.facts.buffers if b.running}
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
-        self.train_batches = Batches(train, task, ctx.device, dtype)
+        self.feed = make_feed(train, ctx, dtype)
+        test = readable(test, ctx.facts.indexes.get("held-out"))
         self.test_batches = Batches(test, task, ctx.device, dtype)
         self.num_test = len(cast(Any, test))
-        partitioner = parse_partitioner(config.partition)
-        self.sampler = Sampler(
-            len(cast(Any, train)),
-            config.batch,
-            ctx.rank,
-            ctx.world,
-            config.seed,
-            partitioner,
-            *groups_of(train, task, partitioner),
-        )
+        self.balancer: Balancer | None = None
+        if config.balance == "auto":
+            # BatchNorm needs two examples to normalise by, and some more to do it well
+            least = max(2, config.batch // ctx.world // 4) if self.running else 1
+            self.balancer = Balancer(config.batch, ctx.world, least)
         self.seed = config.seed
         self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
         self.step = 0
-        self.joined = 0  # examples drawn by all ranks in this step
+        self.averaged_over = ctx.world  # ranks whose gradients will be joined
+        self.joined = 0.0  # examples that these draw in this step, as far as can be known
+        self.epoch_ended = False
         self.report = StepReport()
+        self.applied_s = 0.0  # what the last ``apply`` took
+        self.spans = ctx.spans
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
-            self.load(ctx.resume.state, ctx.resume.meta)
+            state = ctx.resume.parts[FIRST_PART]
+            self.load(state, ctx.resume.meta)
             if ctx.resume.world == ctx.world:
-                set_host_state(ctx.resume.state["host_random"][ctx.rank])
+                set_host_state(state["host_random"][ctx.rank])
         else:
             # same seed, same model: unless the task's own code differs between processes
             ctx.link.broadcast([t.detach() for t in (*self.model.parameters(), *self.model.buffers())])
@@ -117,14 +114,20 @@ class Replica:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def gradients(self) -> Update:
-        """This worker's share of the joined batch, summed over its examples and divided by the joined count.
+        """This worker's share of the joined batch: its examples' sum, divided by the joined count.
 
-        The sum of these over ranks is the gradient of the joined batch. ``p.grad`` of every dense parameter with a
-        gradient is then its view of the arena, if there is one.
+        The sum of these over ranks is the gradient of the joined batch. ``averaged_over`` is 1 where each rank goes its
+        own way: then it is the mean over this rank's own examples.
         """
         begun = time.perf_counter()
-        draw = self.sampler.next()
-        self.joined = draw.total
+        if (spans := self.spans) is not None:
+            spans.step = self.step + 1
+        draw = self.feed.next()
+        self.epoch_ended = draw.last
+        if self.averaged_over == 1:
+            self.joined = float(len(draw.indices))
+        else:
+            self.joined = draw.total * (self.averaged_over / self.ctx.world)
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
             p.grad = None
@@ -134,48 +137,39 @@ class Replica:
             if len(indices) == 0:
                 continue
             loading = time.perf_counter()
-            batch = self.train_batches(indices)
-            data_s += time.perf_counter() - loading
+            batch = self.feed.batch(indices)
+            loaded = time.perf_counter()
+            data_s += loaded - loading
             n = self.task.num_examples(batch)
             with self.precision():
                 loss = self.task.loss(self.model, batch)
             check_loss(loss, self.task)
-            share = n / draw.total
+            share = n / self.joined
+            if spans is not None:
+                spans.add("data", loading, loaded)
+                spans.add("forward", loaded, forwarded := time.perf_counter())
             loss.backward(gradient=None if share == 1.0 else torch.full_like(loss, share))
             loss_sum += loss.item() * n
             weight += n
+            if spans is not None:
+                spans.add("backward", forwarded, time.perf_counter())
         update = self._collect(weight)
         r = self.report
-        r.losses, r.examples = [loss_sum], [weight]
+        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
         r.data_s = data_s
         r.compute_s = time.perf_counter() - begun - data_s
         return update
 
     def _collect(self, weight: float) -> Update:
-        """Move fresh gradients into the arena. A parameter without one keeps None: zeros would make AdamW move it."""
+        """Gradients where autograd put them. A parameter without one keeps None: zeros would make AdamW move it."""
         update = Update({}, weight, self.step, self.ctx.rank)
-        views = self.arena.views
-        if not views and not self.sparse:
-            update.entries = {n: Dense(p.grad) for n, p in self.params.items() if p.grad is not None}
-            return update
-        source: list[Tensor] = []
-        target: list[Tensor] = []
         for name, p in self.params.items():
             if name in self.sparse:
                 update.entries[name] = sparse_rows(name, p)
-                continue
-            grad = p.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:  # of a parameter whose gradients were dense at first
-                grad = p.grad = grad.to_dense()
-            if views:
-                source.append(grad)
-                grad = views[name]
-                target.append(grad)
-            update.entries[name] = Dense(grad)
-        if target:
-            torch._foreach_copy_(target, source)
+            elif p.grad is not None:
+                if p.grad.is_sparse:  # of a parameter whose gradients were dense at first
+                    p.grad = p.grad.to_dense()
+                update.entries[name] = Dense(p.grad)
         return update
 
     def apply(self, update: Update) -> None:
@@ -198,7 +192,24 @@ class Replica:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        self.report.compute_s += time.perf_counter() - begun
+        ended = time.perf_counter()
+        self.applied_s = ended - begun
+        self.report.compute_s += self.applied_s
+        if self.spans is not None:
+            self.spans.add("optimizer", begun, ended)
+
+    @property
+    def seconds(self) -> float:
+        """This worker's own, from the last exchange to this one: for these the others wait."""
+        return self.applied_s + self.report.data_s + self.report.compute_s
+
+    def rebalance(self, seconds: Sequence[float]) -> None:
+        """``seconds`` of each rank for its share of this step's joined batch; all ranks call with the same."""
+        if self.balancer is None or self.joined < self.ctx.config.batch:
+            return
+        self.report.balance = decision = self.balancer.observe(seconds)
+        if decision is not None:
+            self.feed.cut(decision.shares)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.ctx.device.type, torch.bfloat16) if self.autocast else AS_IS
@@ -208,12 +219,12 @@ class Replica:
     @torch.no_grad()
     @host_state_kept()
     def evaluate(self) -> dict[str, float]:
-        """Held-out metrics over all ranks: sums and counts add up in rank order, so every rank gets the same numbers."""
+        """Held-out metrics over all ranks, the same numbers on each."""
         ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
-        totals: dict[str, list[float]] = {name: [0.0, 0.0] for name in ctx.facts.metrics}
-        mine = np.arange(ctx.rank, self.num_test, ctx.world)
+        totals = Totals(self.task, ctx.facts.sums)
+        mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
@@ -222,20 +233,12 @@ class Replica:
                 batch = self.test_batches(mine[start : start + size])
                 with self.precision():
                     parts = evaluate_batch(self.task, self.model, batch)
-                if strange := parts.keys() - totals.keys():
-                    raise TaskError(
-                        f"{type(self.task).__name__}.evaluate returned the metric {min(strange)!r} for some batches only: return the "
-                        f"same names for every batch (at first: {', '.join(totals)}), with a count of 0 where there is nothing."
-                    )
-                for name, (total, count) in parts.items():
-                    totals[name][0] += float(total)
-                    totals[name][1] += float(count)
+                totals.add(parts)
         finally:
             for module, mode in modes:
                 module.training = mode
-        own = torch.tensor(list(totals.values()), dtype=torch.float64, device=ctx.device)
-        joined = torch.stack(self.link.all_gather(own)).sum(0).tolist()
-        return {name: s / c if c else math.nan for name, (s, c) in zip(totals, joined, strict=True)}
+        totals.join(self.link, ctx.device)
+        return totals.summary()
 
     def state(self) -> dict[str, Any]:
         """Everything by parameter name, so that another pattern or layout can read it. All ranks call together."""
@@ -246,10 +249,12 @@ class Replica:
             "optimizer": optimizer_state_by_name(self.optimizer, self.params),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [t.state_dict() for t in self.chain],
+            "stream": self.feed.stream_state(),
         }
 
     def meta(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        meta = {"sampler": self.feed.state_dict()}
+        return meta if self.balancer is None else meta | {"balance": self.balancer.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
@@ -263,7 +268,11 @@ class Replica:
             self.schedule.load_state_dict(state["schedule"])
         for transform, kept in zip(self.chain, state["chain"], strict=True):
             transform.load_state_dict(kept)
-        self.sampler.load_state_dict(meta["sampler"])
+        self.feed.load_state_dict(meta["sampler"])
+        self.feed.load_stream_state(state.get("stream"))
+        if self.balancer is not None and "balance" in meta:
+            self.balancer.load_state_dict(meta["balance"])
+            self.feed.cut(self.balancer.shares)
         self.step = int(meta["step"])
 
 
@@ -271,6 +280,8 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
     """When and what the replicas exchange. ``stop`` is what all members agreed on in the last exchange."""
 
     stop: bool = False
+    #: Ranks that keep state of their own, which they write to a checkpoint beside what rank 0 writes for all.
+    writers: Sequence[int] = ()
 
     def gradients(self, update: Update) -> Update:
         """Between backward and the optimizer."""
@@ -282,29 +293,67 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
     def flush(self) -> None:
         """Bring replicas together before evaluating, saving and at the end."""
 
+    def state(self) -> dict[str, Any]:
+        """What all members hold alike, after a flush."""
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        """What a writer holds for itself."""
+        return {}
+
+    def load(self, resume: Resume) -> None:
+        """Take over from a checkpoint what is not the replica's."""
+
 
 def train(ctx: Context) -> Iterator[SafePoint]:
     """The role of a worker with a whole replica."""
     replica = ctx.pattern.replica(ctx)
-    exchange = ctx.pattern.exchange(replica, ctx.link)
-    traffic = ctx.link.traffic
-    at_safe_point = (replica.state, replica.meta, replica.evaluate)
+    exchange = ctx.pattern.exchange(replica)
+    if ctx.resume is not None:
+        exchange.load(ctx.resume)
+
+    def parts() -> dict[str, Any]:
+        exchange.flush()
+        state = replica.state() | {"exchange": exchange.state()}
+        own = {part_of(ctx.rank): exchange.own_state()} if ctx.rank in exchange.writers else {}
+        return own | ({FIRST_PART: state | own.get(FIRST_PART, {})} if ctx.rank == 0 else {})
+
+    def evaluate() -> dict[str, float]:
+        exchange.flush()
+        return replica.evaluate()
+
+    at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
+    by_group = {name: link.traffic for name, link in {WORLD: ctx.link, **ctx.groups}.items()}
+    traffics = list(by_group.values())
+    sent = [t.bytes_sent for t in traffics]
     while replica.step < ctx.total_steps:
-        busy_s, wait_s, sent = traffic.busy_s, traffic.wait_s, traffic.bytes_sent
+        busy_s, wait_s = sum(t.busy_s for t in traffics), sum(t.wait_s for t in traffics)
+        messages = sum(t.messages for t in traffics)
         report = replica.report = StepReport()
         replica.apply(exchange.gradients(replica.gradients()))
         exchange.parameters(replica.step)
-        report.exchange_s, report.wait_s = traffic.busy_s - busy_s, traffic.wait_s - wait_s
-        report.bytes_sent = traffic.bytes_sent - sent
         ended = replica.step == ctx.total_steps
         if ended or exchange.stop:
             exchange.flush()
+        report.exchange_s = sum(t.busy_s for t in traffics) - busy_s
+        report.wait_s = sum(t.wait_s for t in traffics) - wait_s
+        before, sent = sent, [t.bytes_sent for t in traffics]
+        report.bytes_sent = sum(sent) - sum(before)
+        if ctx.groups:
+            report.sent = {name: now - then for name, now, then in zip(by_group, sent, before, strict=True)}
+        report.skew_s = min(report.skew_s, report.wait_s)
+        report.messages = sum(t.messages for t in traffics) - messages
         yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def own_share(n: int, rank: int, world: int, neighbours: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A rank's share of 0..n-1: every ``world``-th, or, where neighbours are read together, one stretch."""
+    return np.arange(n * rank // world, n * (rank + 1) // world) if neighbours else np.arange(rank, n, world)
 
 
 def sparse_rows(name: str, p: nn.Parameter) -> Rows:

@@ -21,6 +21,7 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     carrier: str
     bytes_per_step: int  # sent by one member
     what: str  # "gradients (float32)"
+    group: str = "world"  # whose link it is
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,11 +32,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     answers: dict[str, str]
     cluster: str
     steps: int
-    epochs: float
+    epochs: float | None  # None: a stream that does not tell its length
     batch: int
     num_parameters: int
     num_trainable: int
-    train_examples: int
+    train_examples: int | None
     test_examples: int
     dtype: str
     members: list[MemberPlan]

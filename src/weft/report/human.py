@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from weft.plan import Plan
+
 
 def format_bytes(num_bytes: float) -> str:
     """25_400_000 -> "25.4 MB"."""
@@ -75,3 +77,19 @@ def _scale(value: float, units: list[str]) -> tuple[float, str]:
             return value, unit
         value = float(f"{value / 1000:.3g}")
     return value, units[last]
+
+
+def plan_size(plan: Plan) -> str:
+    text = f"{format_count(plan.num_parameters)} parameters"
+    trained = f" ({format_count(plan.num_trainable)} trained)" if plan.num_trainable != plan.num_parameters else ""
+    return text + trained
+
+
+def plan_length(plan: Plan) -> str:
+    text = f"{format_count(plan.steps)} steps of {plan.batch:,} examples"
+    return text if plan.epochs is None else f"{text} = {format_count(plan.epochs)} epochs"
+
+
+def plan_examples(plan: Plan) -> str:
+    train = "a stream" if plan.train_examples is None else f"{format_count(plan.train_examples)} examples"
+    return f"{train} to train on, {format_count(plan.test_examples)} held out"

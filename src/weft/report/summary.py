@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from weft.events import Event
+from weft.events import Event, losses_of
 
 #: What a member's time goes into, and the key of its seconds in a "ticks" event.
 SHARES = {"compute": "compute_s", "communication": "exchange_s", "waiting": "wait_s", "data": "data_s"}
@@ -88,7 +88,7 @@ def shares_of(members: Iterable[MemberTotals]) -> dict[str, float]:
 class Summary:
     """Give it every event in order. Kinds that it does not know are passed over.
 
-    All ranks report the same joined loss, so each step's is taken from the rank that tells it first.
+    Where all ranks report the same joined loss, each step's is taken from the rank that tells it first.
     """
 
     def __init__(self) -> None:
@@ -99,6 +99,7 @@ class Summary:
         self.started: set[tuple[str, int]] = set()
         self.evals: list[tuple[int, dict[str, float]]] = []  # (step, metrics)
         self.saves: list[Event] = []
+        self.balances: list[tuple[int, list[int]]] = []  # (step, shares from then on)
         self.restarts: list[int] = []  # the steps it went back to
         self.failures: list[Event] = []  # of the current attempt, the culprit first
         self.warnings: dict[str, int] = {}  # text -> how often
@@ -110,6 +111,10 @@ class Summary:
 
     def add(self, event: Event) -> None:
         values = event.values
+        for step, loss in losses_of(event):
+            if step > self._loss_step:
+                self._add_loss(loss)
+                self._loss_step = step
         match event.kind:
             case "started":
                 self.started.add((event.role, event.member))
@@ -119,6 +124,8 @@ class Summary:
                 self.evals.append((event.step, {name: number(value) for name, value in values.items()}))
             case "saved":
                 self.saves.append(event)
+            case "balance":
+                self.balances.append((event.step, list(values["shares"])))
             case "resumed":
                 self._go_to(values["step"])
             case "restarted":
@@ -148,15 +155,10 @@ class Summary:
         if last > self.step:
             self.step = last
             self._marks.append((event.time, last))
-        losses = values.get("loss", ())
-        if losses and last > self._loss_step:
-            for loss in losses[-(last - self._loss_step) :]:
-                self._add_loss(loss)
-            self._loss_step = last
 
-    def _add_loss(self, loss: float | None) -> None:
-        self._last_loss = number(loss)
-        self.curve.add(self._last_loss)
+    def _add_loss(self, loss: float) -> None:
+        self._last_loss = loss
+        self.curve.add(loss)
         if math.isfinite(self._last_loss):
             self._smooth_sum = SMOOTHING * self._smooth_sum + (1 - SMOOTHING) * self._last_loss
             self._smooth_weight = SMOOTHING * self._smooth_weight + (1 - SMOOTHING)
@@ -168,6 +170,7 @@ class Summary:
         self.step = self._loss_step = step
         self.curve.truncate(max(0, step - self.first_step))
         self.evals = [e for e in self.evals if e[0] <= step]
+        self.balances = [b for b in self.balances if b[0] <= step]
         self._smooth_sum = self._smooth_weight = 0.0
         self._marks.clear()
 

@@ -26,6 +26,9 @@ from weft.report.human import (
     format_metric,
     format_seconds,
     format_share,
+    plan_examples,
+    plan_length,
+    plan_size,
 )
 from weft.report.summary import SHARES, Summary, number
 from weft.report.widgets import SHARE_LOOK, Curve, Facts, Progress, share_bar
@@ -38,7 +41,20 @@ LINE_EVERY_S = 5.0
 MAX_ROWS = 8  # members shown one by one in the live view
 TIER_STYLE = {"stable": "green", "beta": "yellow", "contrib": "magenta"}
 #: Keys of a result that are not metrics of the task.
-RESULT_KEYS = {"loss", "train_loss", "steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "notes"}
+RESULT_KEYS = {
+    *(
+        "loss",
+        "train_loss",
+        "steps",
+        "seconds",
+        "examples_per_s",
+        "bytes_sent",
+        "world",
+        "run_dir",
+        "bottleneck",
+        "notes",
+    )
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -46,22 +62,15 @@ RESULT_KEYS = {"loss", "train_loss", "steps", "seconds", "examples_per_s", "byte
 
 def render_plan(plan: Plan) -> RenderableType:
     """About 20 lines at 80 columns: what runs where, what travels, what it takes."""
-    sizes = f"{format_count(plan.num_parameters)} parameters"
-    if plan.num_trainable != plan.num_parameters:
-        sizes += f" ({format_count(plan.num_trainable)} trained)"
-    length = f"{format_count(plan.steps)} steps of {plan.batch:,} examples = {format_count(plan.epochs)} epochs"
     training: list[tuple[str, RenderableType]] = [
-        ("length", length),
+        ("length", plan_length(plan)),
         ("checkpoints", plan.checkpoints),
         *(("auto", Text.assemble((name, "bold"), f" = {why}")) for name, why in plan.choices.items()),
         *(("note", note) for note in plan.notes),
     ]
     return Group(
         _title(plan, _tier(plan.tier)),
-        Text(
-            f"{sizes} · {plan.dtype} · {format_count(plan.train_examples)} examples to train on, "
-            f"{format_count(plan.test_examples)} held out"
-        ),
+        Text(f"{plan_size(plan)} · {plan.dtype} · {plan_examples(plan)}"),
         Text(),
         Facts(plan.answers.items()),
         Text(),
@@ -183,6 +192,8 @@ class LiveView:
             case "saved":
                 seconds = format_seconds(values["seconds"])
                 return Text(f"step {step}: saved {format_bytes(values['bytes'])} in {seconds}")
+            case "balance":
+                return Text(f"step {step}: {values['reason']}")
             case "resumed":
                 return Text(f"resumed at step {values['step']} from {values['path']}", "bold")
             case "restarted":
@@ -235,6 +246,8 @@ class LiveView:
             rows.append(("held-out", Text.assemble((_metrics(metrics), "bold"), (f"  at step {at}", "dim"))))
         speed = f"{format_count(s.examples_per_s)} examples/s"
         rows.append(("speed", f"{speed} · {format_count(s.steps_per_s)} steps/s" if s.steps_per_s else speed))
+        if s.balances:
+            rows.append(("shares", _shares_of_batch(s)))
         return Group(title, Facts(rows), Text(), _MemberShares(s), self._saved)
 
 
@@ -279,6 +292,10 @@ def closing_summary(result: Mapping[str, Any], summary: Summary, plan: Plan) -> 
     rows.append(("speed", speed + f"{format_count(result['examples_per_s'])} examples/s"))
     if summary.members:
         rows += [("time", _shares_text(summary.shares)), ("sent", _sent(summary))]
+    if summary.balances:
+        rows.append(("shares", _shares_of_batch(summary)))
+    if result.get("bottleneck"):
+        rows.append(("bottleneck", Text(result["bottleneck"], "bold")))
     rows += [
         ("checkpoints", _checkpoints(summary)),
         ("run folder", Text(result["run_dir"], "bold")),
@@ -302,6 +319,14 @@ def _sent(summary: Summary) -> str:
     least, most = format_bytes(min(each)), format_bytes(max(each))
     between = least if least == most else f"{least} to {most}"
     return f"{format_bytes(summary.bytes_sent)} in all · {between} a step from each"
+
+
+def _shares_of_batch(summary: Summary) -> str:
+    """Of each batch, by worker; of many workers the least and the most."""
+    shares = summary.balances[-1][1]
+    shown = " + ".join(map(str, shares)) if len(shares) <= MAX_ROWS else f"{min(shares)} to {max(shares)}"
+    times = f"{n} times" if (n := len(summary.balances)) > 1 else "once"
+    return f"{shown} of {sum(shares)} examples · changed {times}"
 
 
 def _checkpoints(summary: Summary) -> str:

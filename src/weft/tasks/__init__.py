@@ -1,4 +1,5 @@
-"""The shipped tasks by name, on real data that every machine has. This table imports none of them, and not torch."""
+"""The shipped tasks by name, on data that every machine has (real, or generated and said to be so), or on the user's own.
+This table imports none of them, and not torch."""
 
 from __future__ import annotations
 
@@ -20,4 +21,16 @@ TASKS: dict[str, Shipped] = {
     "codelm": Shipped(
         "weft.tasks.codelm:CodeLM", "a byte-level transformer on the source text of Python's standard library"
     ),
+    "fraud": Shipped(
+        "weft.tasks.fraud:Fraud",
+        "1 fraudulent card transaction in 100, by embeddings of card and merchant (generated data, not real)",
+    ),
+    "diabetes": Shipped(
+        "weft.tasks.diabetes:Diabetes", "regression: how far diabetes went in 442 patients (scikit-learn's)"
+    ),
+    "series": Shipped(
+        "weft.tasks.series:Series",
+        "a GRU forecasts the Mackey-Glass series (generated), or a column of your own CSV file",
+    ),
+    "text": Shipped("weft.tasks.text:Text", "the same transformer on your own text files, streamed: --data FILE"),
 }

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from weft.data.keys import key_int
 from weft.errors import ConfigError, TaskError, UnknownName
+from weft.options import check_positive
 from weft.task import Defaults, Task
 
 VOCABULARY = 256
@@ -170,9 +171,8 @@ class ByteTransformer(nn.Module):
 
 
 @dataclass
-class CodeLM(Task):
-    """An example is a window of seq_len + 1 bytes. The text is that of the running Python: runs to be compared, and all
-    members of one run, need the same version of it."""
+class ByteLM(Task):
+    """All but the text. An example is a window of seq_len + 1 bytes; a batch is (windows,)."""
 
     defaults: ClassVar[Defaults] = Defaults(batch=16, epochs=None, steps=300)
 
@@ -190,24 +190,17 @@ class CodeLM(Task):
 
     def __post_init__(self) -> None:
         if self.size not in SHAPES:
-            raise UnknownName.of("size of codelm", self.size, SHAPES)
+            raise UnknownName.of("size of the model", self.size, SHAPES)
         if self.seq_len < 0:
             raise ConfigError(
                 f"seq_len={self.seq_len} is not possible: give a positive number, or 0 for the size's own."
             )
         for name in ("lr", "test_windows"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not possible: give a positive number.")
+            check_positive(name, getattr(self, name))
         self.seq_len = self.seq_len or SHAPES[self.size].seq_len
 
     def model(self) -> nn.Module:
         return ByteTransformer(*SHAPES[self.size]._replace(seq_len=self.seq_len))
-
-    def data(self) -> tuple[TensorDataset, TensorDataset]:
-        train, test = self._corpus()
-        total = len(test.windows)
-        num = min(self.test_windows, total)
-        return TensorDataset(train.windows), TensorDataset(test.windows[torch.arange(num) * total // num])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Nats per byte. Windows are equally long: the mean over bytes is the mean over examples."""
@@ -235,6 +228,25 @@ class CodeLM(Task):
         loss = F.cross_entropy(logits, targets, reduction="sum")
         return {"loss": (loss, len(targets)), "accuracy": ((logits.argmax(1) == targets).sum(), len(targets))}
 
+    @staticmethod
+    def _predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits (B * T, 256) and the bytes they are to predict (B * T,)."""
+        (windows,) = batch
+        tokens = windows.long()
+        logits = model(tokens[:, :-1])
+        return logits.view(-1, VOCABULARY), tokens[:, 1:].reshape(-1)
+
+
+@dataclass
+class CodeLM(ByteLM):
+    """The text is that of the running Python: runs to be compared, and all members of one run, need the same version of it."""
+
+    def data(self) -> tuple[TensorDataset, TensorDataset]:
+        train, test = self._corpus()
+        total = len(test.windows)
+        num = min(self.test_windows, total)
+        return TensorDataset(train.windows), TensorDataset(test.windows[torch.arange(num) * total // num])
+
     def notes(self) -> dict[str, float]:
         return {"unigram entropy of the held-out text (nats/byte)": entropy(self._corpus()[1].counts)}
 
@@ -244,11 +256,3 @@ class CodeLM(Task):
 
     def _corpus(self) -> tuple[Corpus, Corpus]:
         return read_corpus(Path(sysconfig.get_path("stdlib")), self.seq_len)
-
-    @staticmethod
-    def _predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """Logits (B * T, 256) and the bytes they are to predict (B * T,)."""
-        (windows,) = batch
-        tokens = windows.long()
-        logits = model(tokens[:, :-1])
-        return logits.view(-1, VOCABULARY), tokens[:, 1:].reshape(-1)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from weft.errors import ConfigError, TaskError
+from weft.errors import TaskError
+from weft.options import check_positive
 from weft.task import Defaults, Task
 
 TEST_EVERY = 5  # of the examples of a label, in file order, one in five is held out
@@ -116,8 +117,3 @@ class DigitsMLP(_Classifier):
     def model(self) -> nn.Module:
         h = self.hidden
         return nn.Sequential(nn.Flatten(), nn.Linear(64, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 10))
-
-
-def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(f"{name}={value} is not possible: give a positive number.")

@@ -232,7 +232,7 @@ class ShmLink(Link):
         words[self._mine + SIGNATURE + parity] = plan.signature
         before = time.perf_counter()
         self._sync()
-        self.traffic.wait_s += time.perf_counter() - before
+        self.traffic.waited(before, time.perf_counter())
         for control in self._others:
             if words[control + SIGNATURE + parity] != plan.signature:
                 self._raise_mismatch()

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -163,10 +163,13 @@ def _remove(path: Path) -> None:
 # ---- read
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify every byte. Raises DamagedCheckpoint, naming file and tensor; or CheckpointError where there is
-    no checkpoint, or one of another format version."""
-    checkpoint, problems = _read(path)
+def load(path: Path, only: Collection[str] | None = None) -> Checkpoint:
+    """Read and verify every byte; with ``only``, of the parts that have these names.
+
+    Raises DamagedCheckpoint, naming file and tensor; or CheckpointError where there is no checkpoint, or one of another
+    format version.
+    """
+    checkpoint, problems = _read(path, only)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise _damaged(path, "; ".join(problems[:3]) + more)
@@ -219,12 +222,12 @@ def read_manifest(path: Path) -> Manifest:
     return msgspec.structs.replace(manifest, meta=decode(manifest.meta, {}))
 
 
-def _read(path: Path) -> tuple[Checkpoint, list[str]]:
+def _read(path: Path, only: Collection[str] | None = None) -> tuple[Checkpoint, list[str]]:
     manifest = read_manifest(path)
     problems = _wrong_files(path, manifest)
     parts: dict[str, State] = {}
     if not problems:
-        for part in manifest.parts:
+        for part in (p for p in manifest.parts if only is None or p.name in only):
             tensors, wrong = read_tensors(path / part.file, part)
             problems += wrong
             if not wrong:

@@ -1,0 +1,206 @@
+"""Before the members start: learn the facts of the task, choose what is `auto`, make the plan."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from weft import compat, cost, errors
+from weft.clusters import pick_cluster
+from weft.clusters.base import Call, Exited, LinkSpec, Session
+from weft.comm.link import WORLD
+from weft.config import Config, RunFolder
+from weft.errors import MemberFailed, TaskError
+from weft.events import Event
+from weft.patterns import registry
+from weft.patterns.base import Facts, Pattern
+from weft.plan import MemberPlan, Plan
+from weft.report.observers import Observer, Observers
+from weft.resilience.policy import Failure
+
+if TYPE_CHECKING:
+    pass
+
+
+HEAP_SLACK = 1 << 20
+BALANCE_AUTO = "equal shares at first, then by each worker's measured speed; who takes more examples needs more memory for activations"
+MIN_SAVE_EVERY = 25
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every member of an attempt is told."""
+
+    config: Config
+    run_dir: str
+    facts: Facts | None = None
+    total_steps: int = 0
+    save_every: int = 0  # 0: only at the end
+    resume_from: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    pattern: Pattern
+    facts: Facts
+    plan: Plan
+    links: list[LinkSpec]  # the first joins all workers
+    total_steps: int
+    save_every: int
+
+
+def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
+    """Learn the facts in a throw-away member, choose what is `auto`, make the plan."""
+    job = Job(config=config, run_dir=str(folder.path) if folder else "")
+    reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
+    config = msgspec.convert(reply["config"], Config, strict=False)
+    facts = msgspec.convert(reply["facts"], Facts, strict=False)
+    compat.check(config)
+    pattern = registry.build(config.pattern, config.pattern_options)
+    cluster = pick_cluster(config.cluster)
+    chosen, why = config.link, "asked for"
+    if config.link == "auto":
+        chosen, why = cluster.default_carrier(config.workers, facts.device)
+    cluster.check(chosen)
+    links = [
+        LinkSpec(
+            chosen,
+            len(group.members),
+            config.deadline_s,
+            nbytes=group.nbytes + HEAP_SLACK,
+            port=config.port if group.name == WORLD else 0,
+            device=facts.device,
+            group=group.name,
+            members=group.members,
+        )
+        for group in pattern.groups(facts, config.workers)
+    ]
+    total = config.total_steps(facts.train_examples)
+    save_every = save_interval(config, total, pattern.period(facts, config))
+    plan = make_plan(config, facts, pattern, chosen, total, save_every, why, session.notes)
+    if isinstance(observer, Observers):
+        plan.choices.update(observer.choices)
+    observer.on_plan(plan)
+    return Prepared(config, pattern, facts, plan, links, total, save_every)
+
+
+def call(session: Session, observer: Observer, entry: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Run an entry in a throw-away member; its error is raised here."""
+    ask = Call(session, lambda output: observer.on_output(output.member, output.text))
+    ended = ask(entry, payload)
+    if ended.error is not None:
+        error = errors.from_wire(ended.error)
+        if not hasattr(errors, ended.error["kind"]):
+            raise TaskError(f"the task failed in its first step:\n{ended.error['traceback'].rstrip()}")
+        raise error
+    if ended.failed:
+        failure = failure_of(ended, "preflight")
+        raise MemberFailed(f"the preflight process was lost: {failure.cause}", cause=failure.cause)
+    return ask.reply
+
+
+def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> dict[str, Any]:
+    """{"path", "step"} of the newest good one; empty if none was ever saved. Damaged ones are told and skipped."""
+    reply = call(session, observer, "weft.member:find_checkpoint", {"run_dir": str(folder.path)})
+    for reason in reply["skipped"]:
+        observer.on_event(
+            Event(kind="warning", role="driver", values={"text": f"skipped a damaged checkpoint: {reason}"})
+        )
+    if "path" not in reply and reply["skipped"]:
+        raise errors.CheckpointError(f"no checkpoint of {str(folder.path)!r} is good: {'; '.join(reply['skipped'])}")
+    return reply if "path" in reply else {}
+
+
+def make_plan(
+    config: Config,
+    facts: Facts,
+    pattern: Pattern,
+    carrier: str,
+    total_steps: int,
+    save_every: int,
+    why: str,
+    cluster_notes: Sequence[str] = (),
+) -> Plan:
+    shares = [
+        config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
+    ]
+    if facts.owned:
+        shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
+    memory = pattern.memory(facts, config.workers)
+    if training := facts.indexes.get("training"):
+        memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
+    return Plan(
+        task=config.task.name,
+        pattern=config.pattern,
+        tier=pattern.tier,
+        answers=pattern.answers,
+        cluster=config.cluster,
+        steps=total_steps,
+        epochs=total_steps / config.steps_per_epoch(facts.train_examples) if facts.train_examples else None,
+        batch=config.batch,
+        num_parameters=sum(math.prod(p.shape) for p in facts.params),
+        num_trainable=sum(math.prod(p.shape) for p in facts.params if p.trainable),
+        train_examples=facts.train_examples,
+        test_examples=facts.test_examples,
+        dtype=config.dtype,
+        members=[
+            MemberPlan(
+                role=role.name,
+                member=m,
+                device=facts.device,
+                does=role.does,
+                examples_per_step=shares[m],
+                memory=memory,
+            )
+            for role in pattern.roles(config.workers)
+            for m in range(role.count)
+        ],
+        links=pattern.links(facts, config, lambda n, world: cost.all_reduce_bytes(carrier, n, world), carrier),
+        checkpoints=checkpoint_policy(config, save_every),
+        choices={
+            "link": f"{carrier} ({why})",
+            "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
+        }
+        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
+        notes=[
+            *pattern.notes(facts, config),
+            *facts.about_data,
+            *([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
+            *cluster_notes,
+        ],
+        config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
+    )
+
+
+def save_interval(config: Config, total_steps: int, period: int) -> int:
+    """Steps between checkpoints; 0: only at the end. By default whole periods of the pattern: they cost no exchange."""
+    if config.save_every is not None:
+        return config.save_every
+    every = max(MIN_SAVE_EVERY, total_steps // 10)
+    return math.ceil(every / period) * period
+
+
+def checkpoint_policy(config: Config, every: int) -> str:
+    when = f"every {every} steps and at the end" if every else "at the end"
+    return f"{when}, the last {config.keep} are kept"
+
+
+def failure_of(event: Exited, role: str) -> Failure:
+    error = event.error or {}
+    name = signal.Signals(event.signal).name if event.signal else ""
+    return Failure(
+        event.member,
+        role,
+        event.code,
+        event.signal,
+        name,
+        error.get("kind", ""),
+        error.get("message", ""),
+        error.get("traceback", ""),
+        tuple(error.get("ranks", ())),
+    )

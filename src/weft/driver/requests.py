@@ -1,0 +1,81 @@
+"""From what a user asks for to a complete, checked Config; the task itself is not touched yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft import compat, tasks
+from weft.clusters import PRELOAD, pick_cluster
+from weft.clusters.base import Cluster, Session
+from weft.config import Config, TaskRef
+from weft.data.partition import parse as parse_partitioner
+from weft.errors import ConfigError, TaskError, UnknownName
+from weft.patterns import registry
+from weft.patterns.base import Pattern
+
+if TYPE_CHECKING:
+    from weft.task import Task
+
+
+def make_config(
+    task: Task | str,
+    pattern: Pattern | str,
+    cluster: Cluster | str,
+    task_options: Mapping[str, Any],
+    pattern_options: Mapping[str, Any],
+    batch: int | None,
+    workers: int | None,
+    **settings: Any,
+) -> Config:
+    """Everything a run needs, checked as far as the task need not be touched. ``settings``: fields of Config."""
+    if isinstance(pattern, str):
+        registry.build(pattern, pattern_options)
+        name, options = pattern, dict(pattern_options)
+    else:
+        if pattern_options:
+            raise ConfigError("pattern_options are for a pattern given by name: set them on the pattern itself.")
+        name, options = pattern.name, registry.options_of(pattern)
+    parse_partitioner(settings["partition"])
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch={batch} is not possible: give a whole number of 1 or more.")
+    place = pick_cluster(cluster)
+    config = Config(
+        task=refer(task, task_options),
+        batch=batch or 0,
+        pattern=name,
+        pattern_options=options,
+        cluster=place.name,
+        workers=place.world(workers),
+        **settings,
+    )
+    compat.check(config)
+    return config
+
+
+def refer(task: Task | str, options: Mapping[str, Any]) -> TaskRef:
+    """Where members find the task. Its class is not imported here: it may import torch, or raise."""
+    if not isinstance(task, str):
+        if options:
+            raise ConfigError("task_options are for a task given by name: set them on the task itself.")
+        import cloudpickle
+
+        from weft.loading import check_task
+
+        check_task(task)
+        return TaskRef(name=type(task).__name__, pickled=cloudpickle.dumps(task))
+    if task in tasks.TASKS:
+        return TaskRef(name=task, target=tasks.TASKS[task].target, options=dict(options))
+    place, colon, name = task.rpartition(":")
+    if not colon:
+        raise UnknownName.of("task", task, tasks.TASKS, "Your own: path/to/file.py:MyTask.")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise TaskError(f"there is no file {place!r}: give the path of a Python file, as in tasks/mine.py:MyTask.")
+        place = str(Path(place).resolve())  # a resume may start elsewhere
+    return TaskRef(name=name, target=f"{place}:{name}", options=dict(options))
+
+
+def open_cluster(config: Config, cluster: Cluster | str = "") -> Session:
+    return pick_cluster(cluster or config.cluster).open(PRELOAD)

@@ -1,0 +1,192 @@
+"""Local SGD and its family: workers train on their own for a while, then meet and average; or an outer optimizer steps.
+
+One rule (inner optimizer, H, outer optimizer): after H updates D = mean of (theta_before - theta_i), weighted by examples,
+and theta = outer.step(gradient = D). By its arguments it is
+  local SGD / periodic averaging   every=H                                     (Stich 2019, arXiv 1805.09767)
+  post-local SGD                   start=N or lr_drop: every step until then   (Lin et al. 2020, arXiv 1808.07217)
+  SlowMo, for a constant rate      outer=slowmo                                (Wang et al. 2020, arXiv 1910.00643)
+  DiLoCo                           outer=diloco, an inner AdamW, every=100-500 (Douillard et al. 2023, arXiv 2311.08105)
+Bytes fall by H. The inner optimizer's state stays with its worker, and is checkpointed there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import msgspec
+
+from weft.comm.link import WORLD
+from weft.errors import ConfigError
+from weft.patterns.allreduce import AllReduce
+from weft.patterns.base import Context, Facts, Group, Pattern, Role, own_rows_numel
+from weft.plan import LinkPlan
+
+if TYPE_CHECKING:
+    from weft.config import Config
+    from weft.patterns.training import Exchange, Replica
+
+ISLAND = "island"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """SGD on the mean delta of a period. A name, or a name and what differs: ``-o outer=diloco -o outer.lr=0.5``."""
+
+    presets: ClassVar[Mapping[str, Outer]]
+
+    lr: float = field(default=1.0, metadata={"doc": "1: the plain average"})
+    momentum: float = field(default=0.0, metadata={"doc": "of the mean deltas"})
+    nesterov: bool = field(default=False, metadata={"doc": "look ahead along the momentum"})
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ConfigError(f"outer.lr={self.lr} is not possible: give a positive number; 1 is the plain average.")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"outer.momentum={self.momentum} is not possible: from 0 (none) to below 1.")
+        if self.nesterov and not self.momentum:
+            raise ConfigError("outer.nesterov looks ahead along the momentum, and outer.momentum is 0: set it, as 0.9.")
+
+    def __str__(self) -> str:
+        names = [name for name, preset in self.presets.items() if preset == self]
+        return names[0] if names else f"lr={self.lr:g} momentum={self.momentum:g} nesterov={self.nesterov}"
+
+
+Outer.presets = {
+    "average": Outer(),
+    "slowmo": Outer(momentum=0.6),
+    "diloco": Outer(lr=0.7, momentum=0.9, nesterov=True),
+}
+
+
+@dataclass(frozen=True)
+class LocalSGD(Pattern):
+    name: ClassVar[str] = "localsgd"
+    tier: ClassVar[Literal["stable"]] = "stable"
+    summary: ClassVar[str] = (
+        "workers train alone for some steps, then average (local SGD, SlowMo, DiLoCo): slow links, or uneven workers"
+    )
+    answers: ClassVar[dict[str, str]] = {
+        "where do parameters live": "on every worker",
+        "who talks to whom": "a ring of all workers; inside an island, its workers at each step",
+        "when": "after some steps of its own (`every`)",
+        "what travels": "how far each worker's parameters moved",
+        "how combined": "mean weighted by examples, then a step of the outer optimizer",
+    }
+    nests: ClassVar[tuple[str, ...]] = ("within",)
+
+    every: int | Literal["epoch"] = field(default=20, metadata={"doc": "steps between exchanges"})
+    outer: Outer = field(default=Outer(), metadata={"doc": "what is done with the mean; or outer.lr= and so on"})
+    start: int | Literal["lr_drop"] = field(
+        default=0, metadata={"doc": "until then gradients are averaged at each step (post-local SGD)"}
+    )
+    island: int = field(default=1, metadata={"doc": "workers next to each other that train as one"})
+    within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("island", self.island, 1)):
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")
+
+    def roles(self, workers: int) -> tuple[Role, ...]:
+        does = "holds the whole model, trains on its share of each batch, meets the others now and then"
+        return (Role("worker", workers, "weft.patterns.training:train", does),)
+
+    def period(self, facts: Facts, config: Config) -> int:
+        return config.steps_per_epoch(facts.train_examples or 1) if self.every == "epoch" else self.every
+
+    def check(self, facts: Facts, config: Config) -> None:
+        self.within.check(facts, config)
+        if config.workers % self.island:
+            raise ConfigError(
+                f"island={self.island} does not divide the {config.workers} workers: all islands have the same number."
+            )
+        total = config.total_steps(facts.train_examples)
+        if self.every == "epoch" and facts.train_examples is None:
+            raise ConfigError(
+                "every=epoch needs a training set of known length, and this stream tells none: give a number."
+            )
+        if (period := self.period(facts, config)) > total:
+            what = f"every={self.every}" + (f" ({period} steps)" if self.every == "epoch" else "")
+            raise ConfigError(
+                f"{what} is longer than the run of {total} steps: the workers would never meet on the way. Give at most "
+                f"every={total}, or more --steps."
+            )
+        if isinstance(self.start, int) and self.start >= total:
+            raise ConfigError(
+                f"start={self.start} is not before the end of the run of {total} steps: it would be plain allreduce. "
+                "Give a smaller start, or --pattern allreduce."
+            )
+
+    def groups(self, facts: Facts, workers: int) -> list[Group]:
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        trained = sum(p.nbytes for p in facts.params if p.trainable)
+        gradients = sum(facts.gradient_bytes.values()) + running
+        result = [Group(WORLD, tuple(range(workers)), trained + running + (gradients if self.start else 0))]
+        if self.island > 1:
+            result += [
+                Group(ISLAND, tuple(range(first, first + self.island)), gradients)
+                for first in range(0, workers, self.island)
+            ]
+        return result
+
+    def writer_for(self, rank: int) -> int:
+        return rank - rank % self.island
+
+    def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
+        result: list[LinkPlan] = []
+        if self.island > 1:
+            inside = self.inner.among(facts, self.island, bytes_for, carrier)
+            result += [msgspec.structs.replace(inside, group=ISLAND)] if inside else []
+        if config.workers == 1:
+            return result
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(config.workers)
+        once, period = bytes_for(nbytes, config.workers), self.period(facts, config)
+        dtypes = ", ".join(dict.fromkeys(p.dtype for p in facts.params if p.trainable))
+        what = f"parameter deltas ({dtypes}), {once:,} bytes every {period} steps"
+        if self.start:
+            until = f"step {self.start}" if self.start != "lr_drop" else "the learning rate drops"
+            what += f"; until {until} gradients at each step instead, which are not counted here"
+        return [
+            *result,
+            LinkPlan(
+                members=f"ring of {config.workers} workers",
+                carrier=carrier,
+                bytes_per_step=round(once / period),
+                what=what,
+            ),
+        ]
+
+    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
+        result = self.within.memory(facts, self.island)
+        trained = sum(p.nbytes for p in facts.params if p.trainable)
+        return result | {"last meeting": trained * (3 if self.outer.momentum else 2)}  # where from, delta, momentum
+
+    def notes(self, facts: Facts, config: Config) -> list[str]:
+        result = [n for n in self.within.notes(facts, config) if "running buffers" not in n]
+        if any(b.running for b in facts.buffers):
+            result.append("running buffers (BatchNorm): averaged over workers, weighted by examples, at each meeting")
+        period = self.period(facts, config)
+        asked = {"evaluations": config.eval_every, "checkpoints": config.save_every or 0}
+        for what, steps in asked.items():
+            if steps and steps % period:
+                result.append(f"{what} every {steps} steps fall between the meetings: each is one more meeting")
+        result.append("Ctrl-C takes effect at the next meeting (twice: at once)")
+        return result
+
+    @property
+    def inner(self) -> AllReduce:
+        """``within``, which compat lets be nothing else."""
+        assert isinstance(self.within, AllReduce)
+        return self.within
+
+    def replica(self, ctx: Context) -> Replica:
+        return self.within.replica(ctx)
+
+    def exchange(self, replica: Replica) -> Exchange:
+        from weft.patterns.periodic import PeriodicMean
+
+        return PeriodicMean(replica, self.every, self.outer, self.start, replica.ctx.groups.get(ISLAND), self.island)

@@ -1,0 +1,151 @@
+"""Training apart and meeting now and then: the mean of how far all ranks moved, and a step of the outer optimizer along it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from weft.comm.link import Link, SoloLink
+from weft.config import FIRST_PART, part_of
+from weft.errors import TaskError
+from weft.patterns.base import own_rows_numel
+from weft.patterns.mean import JoinedMean, Running
+from weft.patterns.optimizer_state import load_optimizer_state_by_name, mean_state, optimizer_state_by_name
+from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
+from weft.update import Update
+
+if TYPE_CHECKING:
+    from weft.patterns.base import Resume
+    from weft.patterns.local_sgd import Outer
+
+WEIGHT, STOP = range(2)
+
+
+class PeriodicMean(Exchange):
+    """``island``: the link of the ranks that train as one (None: each for itself), ``size`` of them.
+
+    The first meeting comes after exactly ``every`` updates, or where an epoch ends; a flush is a meeting too if anybody has
+    moved since the last one, and the count begins anew. So a checkpoint needs to hold nothing of a period.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        every: int | Literal["epoch"],
+        outer: Outer,
+        start: int | Literal["lr_drop"],
+        island: Link | None,
+        size: int,
+    ) -> None:
+        ctx = replica.ctx
+        self.replica, self.link, self.every, self.start = replica, replica.link, every, start
+        first = ctx.rank - ctx.rank % size
+        self.inner = JoinedMean(replica, island or SoloLink(), range(first, first + size))
+        self.size = size
+        self.writers = range(0, ctx.world, size)
+        self.apart = start == 0
+        self.together = None if self.apart else JoinedMean(replica, self.link)
+        self.first_rate = self._rate()
+        # what all agreed on last, flat and by name; how far this rank went from there; the step along their mean
+        with torch.no_grad():
+            self.delta = Arena(replica.params, self.link)
+            self.anchor = Arena(replica.params, SoloLink())
+        self.optimizer = torch.optim.SGD(
+            [nn.Parameter(flat) for flat in self.anchor.buffers],
+            lr=outer.lr,
+            momentum=outer.momentum,
+            nesterov=outer.nesterov,
+        )
+        self.tail = flat_buffer(self.link, own_rows_numel(ctx.world), torch.float64, ctx.device)
+        self.rows = self.tail.view(ctx.world, 2)
+        self.running = Running(replica, self.link)
+        self._set_out()
+
+    def gradients(self, update: Update) -> Update:
+        if self.together is not None and not self.apart:
+            update = self.together.gradients(update)
+            self.stop = self.together.stop
+            return update
+        self.weight += update.weight
+        self.expected += self.replica.report.examples
+        return self.inner.gradients(update)
+
+    def parameters(self, step: int) -> None:
+        if not self.apart:
+            if self._rate() < self.first_rate if self.start == "lr_drop" else step >= self.start:
+                self.apart = True
+                self._set_out()
+            return
+        self.since += 1
+        if self.replica.epoch_ended if self.every == "epoch" else self.since >= self.every:
+            self.meet()
+
+    def flush(self) -> None:
+        if self.since:
+            self.meet()
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        replica, deltas = self.replica, list(self.delta.views.values())
+        params: list[torch.Tensor] = list(replica.params.values())
+        anchors = list(self.anchor.views.values())
+        torch._foreach_copy_(deltas, anchors)
+        torch._foreach_sub_(deltas, params)
+        scale = self.weight / self.expected
+        if scale != 1.0:
+            torch._foreach_mul_(deltas, scale)
+        self.tail.zero_()
+        self.rows[self.link.rank, WEIGHT] = self.weight
+        self.rows[self.link.rank, STOP] = float(replica.ctx.stop_requested())
+        self.link.all_reduce([*self.delta.buffers, *self.running.stage(scale), self.tail])
+        weights, stops = self.rows.T.tolist()
+        self.stop = any(stops)
+        if sum(weights) <= 0:
+            raise TaskError(
+                f"num_examples added up to {sum(weights)} over all workers in {self.since} steps: it must be positive."
+            )
+        correction = self.expected / sum(weights)  # 1 unless the task counts examples its own way
+        if correction != 1.0:
+            torch._foreach_mul_(self.delta.buffers, correction)
+        self.running.take(correction)
+        for flat, delta in zip(self.optimizer.param_groups[0]["params"], self.delta.buffers, strict=True):
+            flat.grad = delta
+        self.optimizer.step()
+        torch._foreach_copy_(params, anchors)
+        self._count_anew()
+
+    def _set_out(self) -> None:
+        """From where the replica stands now; so do all others."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.anchor.views.values()), list(self.replica.params.values()))
+        self.replica.averaged_over = self.size if self.apart else self.link.world
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self.since, self.weight, self.expected = 0, 0.0, 0
+
+    def _rate(self) -> float:
+        return float(self.replica.optimizer.param_groups[0]["lr"])
+
+    # -- state
+
+    def state(self) -> dict[str, Any]:
+        return {"apart": self.apart, "first_rate": self.first_rate, "outer": self.optimizer.state_dict()["state"]}
+
+    def own_state(self) -> dict[str, Any]:
+        return {"optimizer": optimizer_state_by_name(self.replica.optimizer, self.replica.params)}
+
+    def load(self, resume: Resume) -> None:
+        """Under another number of workers each begins with the mean of the inner optimizers' states."""
+        state = resume.parts[FIRST_PART]["exchange"]
+        self.apart, self.first_rate = state["apart"], state["first_rate"]
+        kept = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state["outer"], "param_groups": kept["param_groups"]})
+        if resume.world == self.link.world:
+            own = resume.parts[part_of(self.inner.ranks[0])]["optimizer"]
+        else:
+            own = mean_state([part["optimizer"] for part in resume.parts.values()])
+        load_optimizer_state_by_name(self.replica.optimizer, self.replica.params, own)
+        self._set_out()
