@@ -20,7 +20,7 @@ clock = time.perf_counter
 
 SEGMENT = 250_000  # spans; about 10 MB
 BATCH = 256  # spans in memory
-FLUSH_S = 1.0
+FLUSH_S = 0.2
 
 
 class Clock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

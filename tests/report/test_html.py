@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import re
+import time
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.report.runs import event, make_folder, tick, usage, whole_run
 
+import weft
 from weft.config import LOCK, TaskRef
 from weft.errors import RunFolderError
-from weft.events import Event
+from weft.events import Event, read_events
 from weft.patterns.allreduce import AllReduce
 from weft.report.charts import make_axis, round_step, time_axis
 from weft.report.html import render, write_report
 from weft.sections import Chart, Line, Section, Table
+from weft.usage import Usage
 
 SECTIONS = [
     "Learning",
@@ -234,6 +239,14 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:
+    """A line drawn across would tell of losses that never were."""
+    losses = [1.0] * 20 + [None] + [1.0] * 19
+    page, _ = page_of(tmp_path / "run", whole_run(losses=losses))
+    (path,) = re.findall(r'<path class="line c0" d="([^"]*)"/>', page[: page.index('id="time"')])[:1]
+    assert path.count("M") == 2
+
+
 # -- axes
 
 
@@ -265,3 +278,30 @@ def test_time_axes_have_a_few_ticks(seconds: float) -> None:
 def test_time_axes_speak_of_minutes_and_hours() -> None:
     assert [text for _, text in time_axis(600.0).ticks] == ["0 min", "2 min", "4 min", "6 min", "8 min", "10 min"]
     assert time_axis(20_000.0).ticks[1][1] == "1 h"
+
+
+def test_members_tell_what_they_use_from_start_to_end(tmp_path: Path) -> None:
+    """Also in a run that is over in less than a second."""
+    weft.run("digits-mlp", cluster="inprocess", workers=2, steps=3, run_dir=tmp_path / "run")
+    told = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "usage"]
+    for member in range(2):
+        first, *_, last = (e for e in told if e.member == member)
+        assert (first.step, last.step) == (0, 3)
+        assert last.values["pid"] == os.getpid()
+        assert 0 < last.values["rss_bytes"] <= last.values["peak_rss_bytes"]
+        rss = psutil.Process().memory_info().rss
+        assert 0.2 * rss < last.values["rss_bytes"] < 5 * rss
+        assert last.values["cpu_percent"] > 0
+
+
+def test_cpu_is_what_the_process_computed() -> None:
+    """All of a core while it computes, nothing while it sleeps."""
+    usage = Usage()
+    until = time.process_time() + 0.2
+    begun = time.monotonic()
+    while time.process_time() < until:
+        pass
+    computed = 0.2 / (time.monotonic() - begun)  # others may have had the core
+    assert usage.sample()["cpu_percent"] == pytest.approx(100 * computed, rel=0.2)
+    time.sleep(0.3)
+    assert usage.sample()["cpu_percent"] < 30
