@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short run of three of them, under a minute")
     parser.add_argument("--save", action="store_true", help="write bench/results and docs/local_sgd.svg")
     args = parser.parse_args()
-    steps, names = (100, ["allreduce", "every=20", "diloco every=20"]) if args.quick else (2000, list(PATTERNS))
+    steps, names = (100, ["allreduce", "every=20", "diloco every=20"]) if args.quick else (1000, list(PATTERNS))
     where = machine()
     lines = [f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}; codelm tiny, 2 workers, {steps} steps"]
     found: dict[str, Measured] = {}
@@ -125,7 +125,7 @@ def measure(pattern: Pattern, steps: int) -> Measured:
             task_options={"size": "tiny"},
             workers=2,
             steps=steps,
-            eval_every=max(20, steps // 20),  # a whole number of periods
+            eval_every=100 if steps > 100 else 20,  # a whole number of periods
             save_every=0,
             run_dir=run_dir,
         )

@@ -5,8 +5,8 @@ plain torch loop.
 
 Both sides run in the same call, in turns, the first of a round alternating; every ratio is taken within a round, and
 the median and the spread over rounds are printed. DDP's figure is that of its best bucket setting (with --quick it has
-one). Step times are steady state: warm-up, start-up, evaluation and saving stand outside the clock. One torch thread per
-worker. The peers run in an environment of their own (bench/peers), made the first time, with the same torch.
+one). Step times are steady state, the median over stretches of 0.2 s (or a step): warm-up, start-up, evaluation and saving
+stand outside the clock. One torch thread per worker. The peers run in an environment of their own (bench/peers), made the first time, with the same torch.
 
 Last line: one JSON object. vs_*: the peer's step time / Weft's (more than 1: Weft is quicker). overhead_one_worker*:
 Weft's step time / the plain loop's - 1. startup_vs_torchrun: seconds from starting the command to the end of the first
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,9 +169,9 @@ def weft_run(case: Case, warmup: int, steps: int) -> Run:
         run([*WEFT, "run", case.task, *options, *size, "--save-every", "0", "--run-dir", str(run_dir), "--json"])
         ticks = [e for e in read_events(run_dir / "events.jsonl") if e.kind == "ticks" and e.member == 0]
     assert ticks[0].values["last"] == 1, "the first step is to be told by itself"
-    warm, last = next(tick for tick in ticks if tick.values["last"] >= warmup), ticks[-1]
-    step_s = (last.time - warm.time) / int(last.values["last"] - warm.values["last"])
-    return Run({"weft": step_s}, ticks[0].time - begun)
+    timed = [tick for tick in ticks if tick.values["last"] >= warmup]
+    steps_s = [(b.time - a.time) / (b.values["last"] - a.values["last"]) for a, b in pairwise(timed)]
+    return Run({"weft": statistics.median(steps_s)}, ticks[0].time - begun)
 
 
 def torch_run(case: Case, settings: Sequence[str], warmup: int, steps: int, number: int) -> Run:

@@ -11,8 +11,10 @@ import argparse
 import importlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ DDP: dict[str, dict[str, bool]] = {
     "view+static": {"gradient_as_bucket_view": True, "static_graph": True},
 }
 VIEW = DDP["view+static"]
+STRETCH_S = 0.2  # as Weft's members tell of their steps
 
 
 def main() -> None:
@@ -102,11 +105,11 @@ def time_steps(
     steps: int,
     first_step_at: list[float],
 ) -> float:
-    """Seconds per step over ``steps`` steps after ``warmup``."""
-    begun = time.perf_counter()
+    """Seconds per step over ``steps`` steps after ``warmup``: the median of stretches of about STRETCH_S."""
+    marks: list[tuple[float, int]] = []
     for step in range(warmup + steps):
-        if step == warmup:
-            begun = time.perf_counter()
+        if step >= warmup and (not marks or time.perf_counter() - marks[-1][0] >= STRETCH_S):
+            marks.append((time.perf_counter(), step))
         optimizer.zero_grad()
         backward(task.loss(model, next(batches)))
         optimizer.step()
@@ -114,7 +117,8 @@ def time_steps(
             schedule.step()
         if not first_step_at:
             first_step_at.append(time.time())
-    return (time.perf_counter() - begun) / steps
+    marks.append((time.perf_counter(), warmup + steps))
+    return statistics.median((b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks))
 
 
 def batches_of(task: Any, size: int, rank: int, world: int) -> Iterator[Any]:
