@@ -31,11 +31,13 @@ class Usage:
         elapsed = wall - self._wall
         percent = 100 * (cpu - self._cpu) / elapsed if elapsed > 0 else 0.0
         self._wall, self._cpu = wall, cpu
+        rss = self._process.memory_info().rss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
         values: dict[str, Any] = {
             "pid": self._process.pid,
             "cpu_percent": percent,
-            "rss_bytes": self._process.memory_info().rss,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT,
+            "rss_bytes": rss,
+            "peak_rss_bytes": max(peak, rss),  # the kernel counts the former in batches
         }
         return values if self._device is None else values | self._gpu(self._device)
 

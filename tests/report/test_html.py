@@ -6,7 +6,6 @@ import fcntl
 import math
 import os
 import re
-import time
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -294,14 +293,13 @@ def test_members_tell_what_they_use_from_start_to_end(tmp_path: Path) -> None:
         assert last.values["cpu_percent"] > 0
 
 
-def test_cpu_is_what_the_process_computed() -> None:
-    """All of a core while it computes, nothing while it sleeps."""
+def test_cpu_is_what_the_process_computed_since_the_sample_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"monotonic": 100.0, "process_time": 7.0}
+    for name in now:
+        monkeypatch.setattr(f"weft.usage.time.{name}", lambda name=name: now[name])
     usage = Usage()
-    until = time.process_time() + 0.2
-    begun = time.monotonic()
-    while time.process_time() < until:
-        pass
-    computed = 0.2 / (time.monotonic() - begun)  # others may have had the core
-    assert usage.sample()["cpu_percent"] == pytest.approx(100 * computed, rel=0.2)
-    time.sleep(0.3)
-    assert usage.sample()["cpu_percent"] < 30
+    for wall, cpu in ((2.0, 1.0), (1.0, 3.0), (4.0, 0.0)):  # half a core, three cores, asleep
+        now["monotonic"] += wall
+        now["process_time"] += cpu
+        assert usage.sample()["cpu_percent"] == pytest.approx(100 * cpu / wall)
+    assert usage.sample()["cpu_percent"] == 0.0, "no time has passed"

@@ -64,7 +64,7 @@ def make_axis(
     """Over all finite values, with some four round ticks inside; ``rounded``: it ends at ticks."""
     finite = [v for v in values if abs(v) < LIMIT]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    positive = min((v for v in finite if v > 0), default=0.0)
+    positive = min((v for v in finite if v > 1 / LIMIT), default=0.0)
     if may_log and low >= 0 and positive and high / positive > LOG_FROM:
         low = positive
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
