@@ -25,8 +25,10 @@ os.environ[MARK] = str(os.getpid())
 # A process that has computed with threads hangs the children it forks, and many tests fork.
 torch.set_num_threads(1)
 
-# The machine may be busy: hypothesis must not call a slow example an error.
-settings.register_profile("weft", deadline=None)
+# The machine may be busy: hypothesis must not call a slow example an error. The same examples each time, so that a red run
+# tells of the change it tests; `pytest --hypothesis-profile search` looks further, anew each time.
+settings.register_profile("weft", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("weft")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.variants import rest_slow
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -65,7 +66,7 @@ CASES: dict[str, tuple[Sleeper, list[Fault], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", rest_slow(["slow worker", *sorted(CASES.keys() - {"slow worker"})]))
 def test_what_was_made_slow_is_named(tmp_path: Path, name: str) -> None:
     task, faults, said = CASES[name]
     result = weft.run(task, workers=3, link="tcp", save_every=0, faults=faults, run_dir=tmp_path / "run")
@@ -73,6 +74,7 @@ def test_what_was_made_slow_is_named(tmp_path: Path, name: str) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bottleneck"] == result.bottleneck
 
 
+@pytest.mark.slow
 def test_balance_takes_the_waiting_away(tmp_path: Path) -> None:
     """A worker at a third of the others' speed ends with about a third of their share, and is no bottleneck any more."""
     result = weft.run(

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from tests.laws.reference import Augmented
+from tests.variants import rest_slow
 
 import weft
 from weft.compare import final_parameters
@@ -52,7 +53,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", rest_slow([1, 0, 2]))
 def test_a_killed_worker_is_named_and_resume_is_bit_equal(tmp_path: Path, rank: int, undisturbed: dict) -> None:
     run_dir = tmp_path / "run"
     with pytest.raises(
@@ -67,7 +68,7 @@ def test_a_killed_worker_is_named_and_resume_is_bit_equal(tmp_path: Path, rank: 
     assert_bit_equal(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("step", [3, 45])
+@pytest.mark.parametrize("step", rest_slow([45, 3]))
 def test_a_run_comes_back_by_itself(tmp_path: Path, step: int, undisturbed: dict) -> None:
     """Step 3 is before the first checkpoint: the run begins anew."""
     run_dir = tmp_path / "run"
@@ -78,7 +79,7 @@ def test_a_run_comes_back_by_itself(tmp_path: Path, step: int, undisturbed: dict
     assert_bit_equal(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("eval_every", [0, 7])
+@pytest.mark.parametrize("eval_every", rest_slow([7, 0]))
 def test_noise_of_every_generator_goes_on_where_it_was(tmp_path: Path, eval_every: int) -> None:
     job = {"workers": 2, "steps": 30, "save_every": 10, "eval_every": eval_every}
     truth = final_parameters(weft.run(Augmented(), **job, run_dir=tmp_path / "truth").run_dir)
@@ -102,6 +103,7 @@ def test_a_frozen_worker_is_named_after_the_deadline(tmp_path: Path) -> None:
     assert_gone(members(run_dir))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", ["tcp", "gloo"])
 def test_a_killed_worker_is_named_on_every_carrier(tmp_path: Path, link: str) -> None:
     with pytest.raises(MemberFailed, match=r"worker 1 failed, last heard of after step \d+: killed by SIGKILL"):
@@ -293,7 +295,7 @@ def test_a_run_that_is_still_going_is_not_resumed(tmp_path: Path) -> None:
         launcher.communicate(timeout=GONE_S)
 
 
-@pytest.mark.parametrize("link", ["shm", "tcp", "gloo"])
+@pytest.mark.parametrize("link", rest_slow(["shm", "tcp", "gloo"]))
 def test_a_run_leaves_nothing_in_the_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
 ) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.data.streaming import FORMATS, write_shards
 from tests.laws.reference import Regression
 from tests.streaming_task import Counting, Shuffled, Stateful, Watched
+from tests.variants import rest_slow
 from torch.utils.data import TensorDataset
 
 import weft
@@ -106,16 +107,15 @@ def assert_each_once(notes: Notes) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", [k if k == "npy" else pytest.param(k, marks=pytest.mark.slow) for k in FORMATS])
+@pytest.mark.parametrize("kind", rest_slow(["npy", *sorted(set(FORMATS) - {"npy"})]))
 def test_every_record_once_an_epoch_over_kills_and_other_worlds(tmp_path: Path, kind: str) -> None:
     data = write_shards(tmp_path / "data", SIZES, kind)
     assert_each_once(run_through_kills(tmp_path, data, buffer_mb=16 * 60 / (1 << 20) if kind != "parquet" else 64))
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    "stream", ["shuffled", *(pytest.param(s, marks=pytest.mark.slow) for s in ("counting", "stateful"))]
-)
+@pytest.mark.parametrize("stream", ["shuffled", "counting", "stateful"])
 def test_every_example_of_a_stream_once_over_kills_and_other_worlds(tmp_path: Path, stream: str) -> None:
     notes = run_through_kills(tmp_path, stream)
     assert_each_once(notes)
@@ -127,7 +127,7 @@ def test_every_example_of_a_stream_once_over_kills_and_other_worlds(tmp_path: Pa
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("data", ["npy", "shuffled", "stateful"])
+@pytest.mark.parametrize("data", rest_slow(["npy", "shuffled", "stateful"]))
 def test_a_resume_in_the_same_world_is_bit_equal(tmp_path: Path, data: str) -> None:
     results = []
     for name, faults in [("undisturbed", []), ("killed", [kill(rank=1, step=31)])]:

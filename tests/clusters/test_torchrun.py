@@ -297,7 +297,8 @@ from weft.testing import delay, kill
 settings = json.loads(sys.argv[1])
 faults = [delay(rank=0, seconds=0.05), *(kill(**k) for k in settings.pop("kills", []))]
 result = weft.run("digits-mlp", faults=faults, **settings)
-print("result", result.steps, result.world, result.loss)
+# One write each, for all share one stdout, and PYTHONUNBUFFERED may be set.
+print(f"result {result.steps} {result.world} {result.loss}\\n", end="", flush=True)
 """
 
 

@@ -120,14 +120,15 @@ def test_shares_come_to_rest_near_the_best_whatever_part_is_fixed(cost: list[tup
     assert slowest[-1] <= best * 1.2 + one_example
 
 
-@given(st.integers(0, 2**32), st.integers(2, 8))
-def test_noise_moves_nothing_to_speak_of(seed: int, world: int) -> None:
-    """Equal workers whose times vary by a tenth: shares stay, or nearly."""
-    rng = random.Random(seed)
-    balancer = Balancer(32 * world, world)
-    changes = run(balancer, lambda r, n: n * rng.lognormvariate(0, 0.1), 1000)
-    assert len(changes) <= 8  # of 58 chances; in nine runs of ten there is none
-    assert all(25 <= n <= 40 for n in balancer.shares)
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_noise_moves_nothing_to_speak_of(world: int) -> None:
+    """Equal workers whose times vary by a tenth: of 58 chances to change in a run, one in 200 is taken."""
+    changes = 0
+    for seed in range(40):
+        balancer, rng = Balancer(32 * world, world), random.Random(seed)
+        changes += len(run(balancer, lambda _, n, rng=rng: n * rng.lognormvariate(0, 0.1), 1000))
+        assert all(25 <= n <= 40 for n in balancer.shares)
+    assert changes <= 40
 
 
 def test_shares_follow_a_worker_that_slows_down_and_recovers() -> None:

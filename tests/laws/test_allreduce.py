@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tests.laws.reference import Odd, Ragged, Regression, distance, seed, train_plainly
+from tests.variants import rest_slow
 from torch import Tensor, nn
 
 import weft
@@ -62,7 +63,7 @@ def test_equals_one_process_on_a_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("link", ["shm", "tcp", "gloo"])
+@pytest.mark.parametrize("link", rest_slow(["shm", "tcp", "gloo"]))
 def test_every_carrier_gives_the_same(tmp_path: Path, link: str) -> None:
     truth = train_plainly(Odd(), steps=STEPS, batch=17, run_seed=3)
     assert distance(train(tmp_path, Odd(), 3, batch=17, cluster="local", link=link), truth) <= EQUAL
@@ -261,7 +262,10 @@ def test_held_out_loss_is_of_the_whole_set(tmp_path: Path, workers: int) -> None
     assert result.loss == pytest.approx(torch.nn.functional.mse_loss(model(x), y).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize(("workers", "link"), [(2, "shm"), (3, "shm"), (3, "tcp"), (2, "gloo")])
+@pytest.mark.parametrize(
+    ("workers", "link"),
+    [(2, "shm"), (3, "tcp"), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(3, "shm"), (2, "gloo")])],
+)
 @pytest.mark.multiprocess
 def test_counted_bytes_are_the_planned_ones(tmp_path: Path, workers: int, link: str) -> None:
     """What all members sent in all steps, against the plan's bytes per step and member."""

@@ -76,6 +76,7 @@ def nested(spans: list[dict[str, Any]]) -> None:
         open_until.append(span["ts"] + span["dur"])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_failed_run_and_its_resume_are_one_trace(tmp_path: Path) -> None:
     job = {"workers": 2, "steps": 20, "save_every": 5, "trace": True}
@@ -95,6 +96,7 @@ def test_a_failed_run_and_its_resume_are_one_trace(tmp_path: Path) -> None:
     assert spans_of(load(weft_trace), 0) == spans_of(both, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_launcher_leaves_what_was_recorded(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "weft.cli", "run", "digits-mlp", "--workers", "2", "--steps", "1000000", "--trace"]

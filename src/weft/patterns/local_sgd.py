@@ -119,12 +119,6 @@ class LocalSGD(Pattern):
             raise ConfigError(
                 "every=epoch needs a training set of known length, and this stream tells none: give a number."
             )
-        if (period := self.period(facts, config)) > total:
-            what = f"every={self.every}" + (f" ({period} steps)" if self.every == "epoch" else "")
-            raise ConfigError(
-                f"{what} is longer than the run of {total} steps: the workers would never meet on the way. Give at most "
-                f"every={total}, or more --steps."
-            )
         if self.goes_by_rate and facts.rate_drops_at is None:
             raise ConfigError(
                 f"start=lr_drop: in the {total} steps of this run the task's schedule never brings the learning rate to half of its "
@@ -214,6 +208,11 @@ class LocalSGD(Pattern):
                 "all workers train as one: meetings change nothing, --pattern allreduce does the same and sends less"
             )
         period = self.period(facts, config)
+        if self.begins(facts) + period > (total := config.total_steps(facts.train_examples)):
+            long = f" ({period} steps)" if self.every == "epoch" else ""
+            result.append(
+                f"every={self.every}{long} does not end before the {total} steps of this run do: the last meeting is the end"
+            )
         asked = {"evaluations": config.eval_every, "checkpoints": config.save_every or 0}
         for what, steps in asked.items():
             if steps and steps % period:

@@ -11,6 +11,7 @@ and ``in_processes`` build it from a function that makes one rank's link. In pyt
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import select
@@ -137,6 +138,7 @@ class _Processes:
             return pid, read_end
         try:
             torch.set_num_threads(1)  # the parent's pool of threads is not here
+            faulthandler.register(signal.SIGUSR1, file=2)  # one that hangs is asked where
             outcome = _outcome(fn, lambda: self._connect(rank, self._world, shared, deadline_s))
             with os.fdopen(write_end, "wb") as pipe:
                 pipe.write(pickle.dumps(outcome))
@@ -155,6 +157,10 @@ class _Processes:
                     del pipes[pipe]
             if all(_is_stopped(children[rank][0]) for rank in pipes.values()):
                 break
+        else:
+            for rank in pipes.values():
+                os.kill(children[rank][0], signal.SIGUSR1)
+            time.sleep(1.0 if pipes else 0.0)
         return [
             pickle.loads(data[rank])
             if data[rank]
