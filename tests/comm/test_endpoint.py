@@ -224,6 +224,25 @@ def test_a_frame_may_end_where_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> N
     second.close()
 
 
+def test_why_a_member_left_is_heard_by_one_that_only_sends() -> None:
+    """It closes with something unread, which resets the connection: the other's next write fails."""
+    first, second = Mesh(2).members
+    first.send(1, 0, Meta("unread"), [bytes(1000)])
+    second.close(PeerLost("rank 7 is gone", (7,)))
+    for k in range(1, 100):
+        try:
+            first.send(1, k, Meta("more"), [bytes(1000)])
+        except PeerLost:
+            break
+        time.sleep(0.001)
+    lost = first.recv_any()
+    assert isinstance(lost, Lost)
+    assert lost.left
+    assert isinstance(lost.error, PeerLost)
+    assert lost.error.ranks == (7,)
+    first.close()
+
+
 def test_a_killed_member_is_lost_and_may_come_back() -> None:
     mesh = Mesh(3)
     first, second, third = mesh.members

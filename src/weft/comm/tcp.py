@@ -231,7 +231,7 @@ class TcpEndpoint(Endpoint):
         connection.out.append(_Queued([memoryview(wire.encode_head(head)), *payload], sending))
         if len(connection.out) == 1:  # most frames fit into the kernel's buffer: no need to ask the selector
             with self._serving(connection):
-                connection.write()
+                self._write(connection)
         return sending
 
     # Moving bytes
@@ -250,7 +250,7 @@ class TcpEndpoint(Endpoint):
             elif not connection.dropped:
                 with self._serving(connection):
                     if mask & WRITE:
-                        connection.write()
+                        self._write(connection)
                     if mask & READ:
                         self._read(connection)
 
@@ -289,8 +289,17 @@ class TcpEndpoint(Endpoint):
             del self._connected[connection.peer]
             self._has_lost(Lost(connection.peer, connection.incarnation, reason, left, error))
 
-    def _read(self, connection: _Connection) -> None:
-        """Up to the end of a frame, or of this connection's turn."""
+    def _write(self, connection: _Connection) -> None:
+        try:
+            connection.write()
+        except OSError:
+            with suppress(OSError):  # a peer that closes says why before, and the kernel keeps what it said
+                while not connection.dropped and self._read(connection):
+                    pass
+            raise
+
+    def _read(self, connection: _Connection) -> bool:
+        """Up to the end of a frame (True), or of this connection's turn, or of what is there."""
         reader = connection.reader
         connection.held = False
         budget = TURN_BYTES
@@ -300,20 +309,20 @@ class TcpEndpoint(Endpoint):
                 assert reader.head is not None
                 if not reader.placed and not self._take_head(connection, reader.head):
                     connection.held = True
-                    return
+                    return False
                 if reader.complete:
                     if connection.filling is not None:
                         connection.filling.finish()
                         connection.filling = None
                     reader.reset()
-                    return
+                    return True
                 continue
             if budget <= 0:
-                return
+                return False
             try:
                 num_bytes = connection.sock.recv_into(space[:CHUNK_BYTES])
             except BlockingIOError:
-                return
+                return False
             if not num_bytes:
                 raise ConnectionResetError("connection closed" + (" within a frame" if reader.within_frame else ""))
             if connection.peer is not None:
@@ -321,6 +330,7 @@ class TcpEndpoint(Endpoint):
             budget -= num_bytes
             with _garbage_is_a_broken_connection():
                 reader.advance(num_bytes)
+        return False
 
     def _take_head(self, connection: _Connection, head: Head) -> bool:
         """Act on a head. False: a payload that nobody wants yet."""

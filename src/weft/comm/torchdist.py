@@ -293,14 +293,15 @@ class TorchDistLink(Link):
         self._note("failing", "")
         until = time.monotonic() + GRACE_S
         while True:
+            states = {k: _process_state(pid) for k, pid in self._pids.items()}  # first: a rank says why before it ends
             if told := [text for k in others if (text := self._noted("error", k))]:
                 told_error = from_wire(msgspec.json.decode(told[0]))
                 return told_error if isinstance(told_error, CommError) else CommError(str(told_error))
             if left := tuple(k for k in others if self._noted("left", k) is not None):
                 return PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
-            if dead := tuple(k for k, pid in self._pids.items() if _process_state(pid) in "XZ"):
+            if dead := tuple(k for k, state in states.items() if state in "XZ"):
                 return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead)
-            if stopped := tuple(k for k, pid in self._pids.items() if _process_state(pid) == "T"):
+            if stopped := tuple(k for k, state in states.items() if state == "T"):
                 return DeadlineExceeded(f"{doing}: {name_ranks(stopped)} not there (the process is stopped)", stopped)
             missing = tuple(k for k in others if self._noted("failing", k) is None)
             if time.monotonic() >= until or not missing:

@@ -12,6 +12,7 @@ and ``in_processes`` build it from a function that makes one rank's link. In pyt
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import select
@@ -137,6 +138,7 @@ class _Processes:
             os.close(write_end)
             return pid, read_end
         try:
+            gc.freeze()  # what the parent left to collect may wait for threads of the parent (torch's process groups do)
             torch.set_num_threads(1)  # the parent's pool of threads is not here
             faulthandler.register(signal.SIGUSR1, file=2)  # one that hangs is asked where
             outcome = _outcome(fn, lambda: self._connect(rank, self._world, shared, deadline_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -88,6 +89,7 @@ def before_every_call(directory: Path) -> int:
         root = Path(tempfile.mkdtemp(dir=directory))
         save_step(root, 1, numel=5)
         if (pid := os.fork()) == 0:
+            gc.freeze()  # what the parent left to collect may wait for threads of the parent
             countdown = kills
 
             def kill_at_zero(frame: FrameType, event: str, function: Any) -> None:
@@ -121,6 +123,7 @@ def at_random_times(directory: Path) -> int:
     newest = 0
     for kills in range(1, 500):
         if (pid := os.fork()) == 0:
+            gc.freeze()  # what the parent left to collect may wait for threads of the parent
             for step in range(newest + 1, newest + 1000):
                 save_step(directory, step, numel)
             os._exit(0)
