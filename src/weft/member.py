@@ -27,7 +27,7 @@ from weft.errors import CheckpointError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
-from weft.patterns.base import Context, Resume, SafePoint
+from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
@@ -150,10 +150,7 @@ class Reporter:
 
     def _clear(self) -> None:
         self._first = self.step + 1
-        self._loss: list[float | None] = []
-        self._weights: list[float] = []
-        self._sums = dict.fromkeys(SUMS, 0.0)
-        self._sent_over: Counter[str] = Counter()
+        self._reports: list[StepReport] = []
 
     def send(self, kind: str, **values: Any) -> None:
         event = Event(kind=kind, role=self.seat.spec.role, member=self.rank, step=self.step, values=values)
@@ -167,37 +164,34 @@ class Reporter:
 
     def add(self, point: SafePoint) -> None:
         r = point.report
-        weight = sum(r.weights)
-        loss = sum(r.losses) / weight if weight else math.nan
         if (joined := len(r.weights) == self.world) != self._joined:
             self.flush()  # a tick tells either the joined loss of its steps or this member's own
             self._joined = joined
         self.step = point.version
-        self._loss.append(loss if math.isfinite(loss) else None)
-        self._weights.append(weight)
-        s = self._sums
-        s["examples"] += r.examples
-        s["compute_s"] += r.compute_s
-        s["exchange_s"] += r.exchange_s
-        s["wait_s"] += r.wait_s
-        s["skew_s"] += r.skew_s
-        s["data_s"] += r.data_s
-        s["bytes_sent"] += r.bytes_sent
-        s["messages"] += r.messages
-        self._sent_over.update(r.sent)
+        self._reports.append(r)
         if r.balance is not None and self.rank == 0:
             self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
         if self.clock() - self._sent >= TICK_S or self.step == 1:
             self.flush()
 
     def flush(self) -> None:
-        if self._loss:
-            told: dict[str, Any] = (
-                {"loss": self._loss} if self._joined else {"own_loss": self._loss, "own_weight": self._weights}
-            )
-            if self._sent_over:
-                told["sent"] = dict(self._sent_over)
-            self.send("ticks", first=self._first, last=self.step, **told, **self._sums)
+        if reports := self._reports:
+            weights = [sum(r.weights) for r in reports]
+            losses = [
+                sum(r.losses) / weight if weight else math.nan for r, weight in zip(reports, weights, strict=True)
+            ]
+            told: dict[str, Any] = {
+                "loss" if self._joined else "own_loss": [x if math.isfinite(x) else None for x in losses]
+            }
+            if not self._joined:
+                told["own_weight"] = weights
+            sent = Counter[str]()
+            for r in reports:
+                sent.update(r.sent)
+            if sent:
+                told["sent"] = dict(sent)
+            told |= {name: float(sum(getattr(r, name) for r in reports)) for name in SUMS}
+            self.send("ticks", first=self._first, last=self.step, **told)
         self._sent = self.clock()
         if self._sent - self._sampled >= USAGE_S:
             self.sample()

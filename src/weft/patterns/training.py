@@ -166,10 +166,10 @@ class Replica:
         for name, p in self.params.items():
             if name in self.sparse:
                 update.entries[name] = sparse_rows(name, p)
-            elif p.grad is not None:
-                if p.grad.is_sparse:  # of a parameter whose gradients were dense at first
-                    p.grad = p.grad.to_dense()
-                update.entries[name] = Dense(p.grad)
+            elif (grad := p.grad) is not None:
+                if grad.is_sparse:  # of a parameter whose gradients were dense at first
+                    grad = p.grad = grad.to_dense()
+                update.entries[name] = Dense(grad)
         return update
 
     def apply(self, update: Update) -> None:
@@ -305,6 +305,29 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
         """Take over from a checkpoint what is not the replica's."""
 
 
+class Meter:
+    """What a member's links moved and waited in a step. Bytes: since the last step, an evaluation or a save between included."""
+
+    def __init__(self, links: Mapping[str, Link]) -> None:
+        self.traffics = {name: link.traffic for name, link in links.items() if link.world > 1}
+        self.sent = {name: t.bytes_sent for name, t in self.traffics.items()}
+        self.begin()
+
+    def begin(self) -> None:
+        self.begun = [(t.busy_s, t.wait_s, t.messages) for t in self.traffics.values()]
+
+    def end(self, report: StepReport) -> None:
+        for (name, t), (busy_s, wait_s, messages) in zip(self.traffics.items(), self.begun, strict=True):
+            report.exchange_s += t.busy_s - busy_s
+            report.wait_s += t.wait_s - wait_s
+            report.messages += t.messages - messages
+            sent, self.sent[name] = t.bytes_sent - self.sent[name], t.bytes_sent
+            report.bytes_sent += sent
+            if len(self.traffics) > 1:
+                report.sent[name] = sent
+        report.skew_s = min(report.skew_s, report.wait_s)
+
+
 def train(ctx: Context) -> Iterator[SafePoint]:
     """The role of a worker with a whole replica."""
     replica = ctx.pattern.replica(ctx)
@@ -325,26 +348,16 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
-    by_group = {name: link.traffic for name, link in {WORLD: ctx.link, **ctx.groups}.items()}
-    traffics = list(by_group.values())
-    sent = [t.bytes_sent for t in traffics]
+    meter = Meter({WORLD: ctx.link, **ctx.groups})
     while replica.step < ctx.total_steps:
-        busy_s, wait_s = sum(t.busy_s for t in traffics), sum(t.wait_s for t in traffics)
-        messages = sum(t.messages for t in traffics)
+        meter.begin()
         report = replica.report = StepReport()
         replica.apply(exchange.gradients(replica.gradients()))
         exchange.parameters(replica.step)
         ended = replica.step == ctx.total_steps
         if ended or exchange.stop:
             exchange.flush()
-        report.exchange_s = sum(t.busy_s for t in traffics) - busy_s
-        report.wait_s = sum(t.wait_s for t in traffics) - wait_s
-        before, sent = sent, [t.bytes_sent for t in traffics]
-        report.bytes_sent = sum(sent) - sum(before)
-        if ctx.groups:
-            report.sent = {name: now - then for name, now, then in zip(by_group, sent, before, strict=True)}
-        report.skew_s = min(report.skew_s, report.wait_s)
-        report.messages = sum(t.messages for t in traffics) - messages
+        meter.end(report)
         yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 
