@@ -72,6 +72,12 @@ Balance = Annotated[
         help="none: equal shares of a batch; auto: shares by each worker's measured speed, for the same update"
     ),
 ]
+Compress = Annotated[
+    str | None,
+    typer.Option(
+        help="fewer bytes for what is exchanged: none, int8, topk:0.01, ... (`weft patterns`); short for -o compress="
+    ),
+]
 Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp, gloo, nccl")]
 Port = Annotated[
     int, typer.Option(help="with --link tcp: worker r listens on port + r of the loopback address (0: any free)")
@@ -124,6 +130,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         device: Device = "auto",
         partition: Partition = "shuffle",
         balance: Balance = "none",
+        compress: Compress = None,
         link: Link = "auto",
         port: Port = 0,
         threads: Threads = 1,
@@ -146,6 +153,8 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         settings = {name: request[name] for name in SETTINGS}
         if data is not None:
             t = [*t, f"data={os.path.abspath(data)}"]  # a resume may start elsewhere
+        if compress is not None:
+            o = [*o, f"compress={compress}"]
         session, config = _open(task, t, pattern, o, cluster, settings)
         with session, _terminal(json_, follows(config.cluster)) as terminal:
             act(config, session, terminal, run_dir)

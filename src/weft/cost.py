@@ -12,6 +12,14 @@ def ring_all_reduce_bytes(nbytes: int, world: int) -> int:
     return round(2 * (world - 1) / world * nbytes)
 
 
+def all_gather_bytes(carrier: str, nbytes: int, world: int) -> int:
+    """What one of ``world`` members sends so that all get its ``nbytes``, if all have as many."""
+    if carrier in ("gloo", "nccl"):
+        inline = nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES
+        return (world - 1) * (SLOT_BYTES + (0 if inline else nbytes))
+    return (world - 1) * nbytes
+
+
 def all_reduce_bytes(carrier: str, nbytes: int, world: int) -> int:
     """The same on a carrier of ours, with what it does to small messages."""
     if world == 1:

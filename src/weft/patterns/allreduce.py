@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from weft.codecs.spec import NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Context, Facts, Pattern, Role, tail_numel
+from weft.patterns.base import Context, Facts, Pattern, Role, compressed_bytes, tail_numel
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
@@ -43,7 +44,11 @@ class AllReduce(Pattern):
         default="none", metadata={"doc": "compute in bfloat16 where torch holds it safe"}
     )
 
+    compress: str = field(default=NONE, metadata={"doc": "fewer bytes for the gradients: none, " + ", ".join(usages())})
+
     def __post_init__(self) -> None:
+        if self.compress != NONE:
+            parse(self.compress)
         if self.accumulate < 1:
             raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
         if self.clip_norm is not None and not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
@@ -82,12 +87,19 @@ class AllReduce(Pattern):
         tail = 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
         what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
         integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
-        nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
+        if self.compress == NONE:
+            nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
+        else:
+            nbytes = compressed_bytes(facts, self.compress, running - integers + tail, workers, bytes_for, carrier)
+            what += f", compressed by {self.compress} but for small tensors"
         if integers:
             nbytes += bytes_for(integers, workers)
         if any(p.sparse for p in facts.params):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
         return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
+
+    def writer_for(self, rank: int) -> int:
+        return rank if self.compress != NONE else 0
 
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         copies = 1 if workers == 1 else 2  # autograd's and the arena's
@@ -123,4 +135,4 @@ class AllReduce(Pattern):
     def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.mean import JoinedMean
 
-        return JoinedMean(replica, replica.link)
+        return JoinedMean(replica, replica.link, compress=self.compress)

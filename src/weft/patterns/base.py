@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 
 from weft.comm.link import WORLD
+from weft.cost import all_gather_bytes
 from weft.data.shards import Index
 from weft.plan import LinkPlan
 
@@ -238,3 +239,14 @@ class Pattern(ABC):
     def exchange(self, replica: Replica) -> Exchange:
         """When and what those replicas exchange."""
         raise NotImplementedError
+
+
+def compressed_bytes(
+    facts: Facts, compress: str, beside: int, workers: int, bytes_for: Callable[[int, int], int], carrier: str
+) -> int:
+    """What one worker sends in an exchange of all trained tensors; ``beside`` bytes travel whole with the first sum."""
+    from weft.patterns.compression import bytes_per_exchange  # imports torch
+
+    sums, gathered = bytes_per_exchange(facts, compress)
+    result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
+    return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)

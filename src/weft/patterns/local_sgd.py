@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
+from weft.codecs.spec import NONE, parse, usages
 from weft.comm.link import WORLD
-from weft.errors import ConfigError
+from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
-from weft.patterns.base import Context, Facts, Group, Pattern, Role, own_rows_numel
+from weft.patterns.base import Context, Facts, Group, Pattern, Role, compressed_bytes, own_rows_numel
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -86,9 +87,21 @@ class LocalSGD(Pattern):
         },
     )
     island: int = field(default=1, metadata={"doc": "workers next to each other that train as one"})
+    compress: str = field(
+        default=NONE, metadata={"doc": "fewer bytes for a meeting: none, " + ", ".join(usages(but=("dgc",)))}
+    )
     within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
 
     def __post_init__(self) -> None:
+        if self.compress != NONE and parse(self.compress).name == "dgc":
+            raise Incompatible(
+                "dgc corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
+            )
+        if isinstance(self.within, AllReduce) and self.within.compress != NONE:
+            raise Incompatible(
+                f"within.compress={self.within.compress} would compress the quick links inside an island: compress the meetings, "
+                f"compress={self.within.compress}."
+            )
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("island", self.island, 1)):
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")
@@ -143,6 +156,8 @@ class LocalSGD(Pattern):
         return result
 
     def writer_for(self, rank: int) -> int:
+        if self.compress != NONE:
+            return rank
         return rank - rank % self.island
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
@@ -158,8 +173,13 @@ class LocalSGD(Pattern):
         running = sum(b.nbytes for b in facts.buffers if b.running)
         nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(workers)
         once, meetings = bytes_for(nbytes, workers), self.meetings(facts, config)
+        if self.compress != NONE:
+            once = compressed_bytes(
+                facts, self.compress, running + 8 * own_rows_numel(workers), workers, bytes_for, carrier
+            )
         dtypes = ", ".join(dict.fromkeys(p.dtype for p in facts.params if p.trainable))
-        what = f"parameter deltas ({dtypes}), {once:,} bytes in each of {meetings} meetings"
+        how = f", compressed by {self.compress} but for small tensors" if self.compress != NONE else ""
+        what = f"parameter deltas ({dtypes}){how}, {once:,} bytes in each of {meetings} meetings"
         sent = once * meetings
         if (begins := self.begins(facts)) and (together := self.inner.among(facts, workers, bytes_for, carrier)):
             what += f"; in the first {begins} steps {together.what} instead, {together.bytes_per_step:,} bytes a step"
@@ -237,5 +257,5 @@ class LocalSGD(Pattern):
 
         ctx = replica.ctx
         return PeriodicMean(
-            replica, self.every, self.outer, self.begins(ctx.facts), ctx.groups.get(ISLAND), self.island
+            replica, self.every, self.outer, self.begins(ctx.facts), ctx.groups.get(ISLAND), self.island, self.compress
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torch import Tensor
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
+from weft.patterns.compression import STATE, make_arena, take_momentum
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
+
+if TYPE_CHECKING:
+    from weft.patterns.base import Resume
 
 WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
 
@@ -50,13 +55,20 @@ class Running:
 class JoinedMean(Exchange):
     """Of all ranks of ``link``, who are the workers ``ranks``: of the whole world, or of one island in it."""
 
-    def __init__(self, replica: Replica, link: Link, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, replica: Replica, link: Link, ranks: Sequence[int] | None = None, compress: str = "none"
+    ) -> None:
         self.replica, self.link = replica, link
         self.ranks = ranks or range(link.world)
         self.position = {name: k for k, name in enumerate(replica.params)}
+        self.arena: Arena | None = None
         if link.world == 1:
             return
-        self.arena = Arena({n: p for n, p in replica.params.items() if n not in replica.sparse}, link)
+        dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
+        seed, momentum = replica.seed, take_momentum(replica.optimizer) if compress.startswith("dgc") else 0.0
+        self.arena = make_arena(dense, link, compress, seed=seed, momentum=momentum)
+        if compress != "none":
+            self.writers = range(link.world)
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)
         self.presence = self.tail[link.world * NUM_COLUMNS :]
@@ -77,6 +89,7 @@ class JoinedMean(Exchange):
         return update
 
     def _join(self, update: Update) -> Update:
+        assert self.arena is not None
         replica, rank = self.replica, self.link.rank
         self._fill_arena(update)
         self.tail.zero_()
@@ -90,7 +103,7 @@ class JoinedMean(Exchange):
             self.presence[[self.position[n] for n in update.entries]] = 1.0
         staged = self.running.stage(update.weight / replica.joined)
 
-        self.link.all_reduce([*self.arena.buffers, *staged, self.tail])
+        self.arena.all_reduce(self.link, [*staged, self.tail], replica.step)
 
         weights, losses, stops, seconds = self.rows.T.tolist()
         replica.report.losses, replica.report.weights = losses, weights
@@ -109,6 +122,7 @@ class JoinedMean(Exchange):
 
     def _fill_arena(self, update: Update) -> None:
         """A parameter that this rank's examples did not touch adds nothing to the sum."""
+        assert self.arena is not None
         source: list[Tensor] = []
         target: list[Tensor] = []
         for name, view in self.arena.views.items():
@@ -138,6 +152,7 @@ class JoinedMean(Exchange):
             )
 
     def _combined(self, update: Update, correction: float) -> Update:
+        assert self.arena is not None
         entries: dict[str, Entry] = {}
         for name, present in zip(self.position, self.presence.tolist(), strict=True):
             if not present:
@@ -149,6 +164,16 @@ class JoinedMean(Exchange):
                 assert isinstance(rows, Rows)
                 entries[name] = self._gather(rows, correction)
         return Update(entries, sum(self.replica.report.weights), update.version)
+
+    def state(self) -> dict[str, Any]:
+        return {STATE: self.arena.state()} if self.arena is not None and self.arena.state() else {}
+
+    def own_state(self) -> dict[str, Any]:
+        return {STATE: self.arena.own_state()} if self.arena is not None else {}
+
+    def load(self, resume: Resume) -> None:
+        if self.arena is not None:
+            self.arena.load(resume)
 
     def _gather(self, rows: Rows, correction: float) -> Rows:
         indices: Tensor = torch.cat(self.link.all_gather(rows.indices))

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from weft.codecs.spec import NONE
 from weft.comm.link import Link, SoloLink
 from weft.config import FIRST_PART, part_of
 from weft.errors import TaskError
 from weft.patterns.base import own_rows_numel
+from weft.patterns.compression import STATE, make_arena
 from weft.patterns.mean import JoinedMean, Running
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, mean_state, optimizer_state_by_name
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
@@ -38,19 +40,21 @@ class PeriodicMean(Exchange):
         start: int,
         island: Link | None,
         size: int,
+        compress: str = NONE,
     ) -> None:
         ctx = replica.ctx
         self.replica, self.link, self.every, self.start = replica, replica.link, every, start
         first = ctx.rank - ctx.rank % size
         self.inner = JoinedMean(replica, island or SoloLink(), range(first, first + size))
         self.size = size
-        self.writers = range(0, ctx.world, size)
+        self.compress = compress
+        self.writers = range(0, ctx.world, size if compress == NONE else 1)
         self.apart = replica.step >= start
         self.together = None if self.apart else JoinedMean(replica, self.link)
         # what all agreed on last, flat and by name; how far this rank went from there; the step along their mean
         with torch.no_grad():
-            self.delta = Arena(replica.params, self.link)
-            self.anchor = Arena(replica.params, SoloLink())
+            self.delta = make_arena(replica.params, self.link, compress, seed=replica.seed)
+            self.anchor = Arena(replica.params, SoloLink(), first=self.delta.first)
         self.optimizer = torch.optim.SGD(
             [nn.Parameter(flat) for flat in self.anchor.buffers],
             lr=outer.lr,
@@ -98,7 +102,7 @@ class PeriodicMean(Exchange):
         self.tail.zero_()
         self.rows[self.link.rank, WEIGHT] = self.weight
         self.rows[self.link.rank, STOP] = float(replica.ctx.stop_requested())
-        self.link.all_reduce([*self.delta.buffers, *self.running.stage(scale), self.tail])
+        self.delta.all_reduce(self.link, [*self.running.stage(scale), self.tail], replica.step)
         weights, stops = self.rows.T.tolist()
         self.stop = any(stops)
         if sum(weights) <= 0:
@@ -128,10 +132,11 @@ class PeriodicMean(Exchange):
     # -- state
 
     def state(self) -> dict[str, Any]:
-        return {"outer": self.optimizer.state_dict()["state"]}
+        return {"outer": self.optimizer.state_dict()["state"], STATE: self.delta.state()}
 
     def own_state(self) -> dict[str, Any]:
-        return {"optimizer": optimizer_state_by_name(self.replica.optimizer, self.replica.params)}
+        own = {"optimizer": optimizer_state_by_name(self.replica.optimizer, self.replica.params)}
+        return own | {STATE: self.delta.own_state()}
 
     def load(self, resume: Resume) -> None:
         """Under another number of workers each begins with the mean of the inner optimizers' states."""
@@ -139,8 +144,10 @@ class PeriodicMean(Exchange):
         kept = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state["outer"], "param_groups": kept["param_groups"]})
         if resume.world == self.link.world:
-            own = resume.parts[part_of(self.inner.ranks[0])]["optimizer"]
+            writer = self.inner.ranks[0] if self.compress == NONE else self.link.rank
+            own = resume.parts[part_of(writer)]["optimizer"]
         else:
             own = mean_state([part["optimizer"] for part in resume.parts.values()])
         load_optimizer_state_by_name(self.replica.optimizer, self.replica.params, own)
+        self.delta.load(resume)
         self._set_out()

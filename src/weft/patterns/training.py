@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -41,13 +41,19 @@ def flat_buffer(link: Link, numel: int, dtype: torch.dtype, device: torch.device
 
 
 class Arena:
-    """One flat buffer per dtype with a view for each parameter, so that an exchange is one call and not one per tensor."""
+    """One flat buffer per dtype with a view for each parameter, so that an exchange is one call and not one per tensor.
 
-    def __init__(self, params: Mapping[str, nn.Parameter], link: Link) -> None:
+    Those named in ``first`` lie in buffers of their own, before the others.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], link: Link, first: Collection[str] = ()) -> None:
         self.buffers: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
-        for dtype in dict.fromkeys(p.dtype for p in params.values()):
-            members = {n: p for n, p in params.items() if p.dtype == dtype}
+        self.first = frozenset(first)
+        kinds = {n: (n not in self.first, str(p.dtype)) for n, p in params.items()}
+        for kind in sorted(set(kinds.values())):
+            members = {n: p for n, p in params.items() if kinds[n] == kind}
+            dtype = next(iter(members.values())).dtype
             device = next(iter(members.values())).device
             flat = flat_buffer(link, sum(p.numel() for p in members.values()), dtype, device)
             self.buffers.append(flat)
@@ -55,6 +61,20 @@ class Arena:
             for name, p in members.items():
                 self.views[name] = flat[offset : offset + p.numel()].view(p.shape)
                 offset += p.numel()
+
+    def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
+        """The sum over ranks, of ``beside`` too, in one exchange: the run's ``number``-th."""
+        link.all_reduce([*self.buffers, *beside])
+
+    def state(self) -> dict[str, Any]:
+        """What an exchange leaves behind, alike on all ranks."""
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        """What it leaves behind on this rank."""
+        return {}
+
+    def load(self, resume: Resume) -> None: ...
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

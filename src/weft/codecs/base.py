@@ -1,0 +1,113 @@
+"""What a codec is: ``encode`` makes a flat tensor small, ``add_to`` adds what the bytes say to another.
+
+Two families (Agarwal et al. 2022, "On the utility of gradient compression"). **Linear** codecs: the sum of encodings is the
+encoding of the sum, so encodings travel by all-reduce, whose cost per rank does not grow with the number of ranks. The others
+travel by all-gather: p encodings arrive at each rank, which decodes all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Keys(NamedTuple):
+    """Of one exchange: ``shared`` is the same number on every rank, ``own`` differs. 63 bits each."""
+
+    shared: int
+    own: int
+
+
+@dataclass
+class Sum:
+    """Please add these up over all ranks, in place."""
+
+    buffers: list[Tensor]
+
+
+@dataclass
+class Gather:
+    """Please send me everybody's: ``payload`` of each rank, in rank order."""
+
+    payload: Tensor
+
+
+#: yields what it needs exchanged, and is sent what came of a Gather
+Exchanging = Generator[Sum | Gather, Sequence[Tensor] | None, None]
+Segments = Sequence[tuple[str, torch.Size]]  # what a flat tensor holds, one after the other: (parameter, its shape)
+
+
+class Codec(ABC):
+    """Of flat tensors (numel,) of one floating dtype. It may keep scratch memory, but nothing that a resume would miss."""
+
+    name: ClassVar[str]
+    linear: ClassVar[bool] = False
+    #: what encode(x) leaves out of x, it would leave out for ever: of no use without error feedback
+    biased: ClassVar[bool] = True
+
+    @abstractmethod
+    def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        """A flat payload of ``nbytes(len(x))`` bytes: uint8, or of a dtype that can be summed if the codec is linear.
+
+        It is valid until the next call.
+        """
+
+    @abstractmethod
+    def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
+        """``out += alpha * decoded``; ``keys`` are those of the encoding, of which only ``shared`` may be used."""
+
+    @abstractmethod
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        """Bytes of the payload of ``numel`` elements of ``itemsize`` bytes."""
+
+    def sums(self, numel: int, itemsize: int = 4) -> list[int]:
+        """Bytes of each sum that an exchange asks for, of a linear codec."""
+        return [self.nbytes(numel, itemsize)]
+
+    def decode(self, payload: Tensor, out: Tensor, keys: Keys) -> None:
+        out.zero_()
+        self.add_to(out, payload, keys)
+
+    def exchange(self, x: Tensor, keys: Keys, world: int, residual: Tensor | None = None) -> Exchanging:
+        """``x`` becomes the sum over ``world`` ranks of what each encoded of x + residual; ``residual`` what is left of it.
+
+        Whatever a codec does, the sum over ranks of x and residual stays what it was, to rounding.
+        """
+        given = x if residual is None else residual.add_(x)
+        payload = self.encode(given, keys)
+        if residual is not None:
+            self.add_to(residual, payload, keys, alpha=-1.0)
+        if self.linear:
+            yield Sum([payload])
+            self.decode(payload, x, keys)
+            return
+        payloads = yield Gather(payload)
+        assert payloads is not None
+        x.zero_()
+        for payload in payloads:  # in rank order: the same bits everywhere
+            self.add_to(x, payload, keys)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"codec {self.name} keeps no state, but the checkpoint holds {sorted(state)}")
+
+
+class Scratch:
+    """Memory that is kept: a fresh 100 MB buffer costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, what: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        held = self._held.get(what)
+        if held is None or len(held) < numel or held.dtype != dtype or held.device != device:
+            held = self._held[what] = torch.empty(numel, dtype=dtype, device=device)
+        return held[:numel]

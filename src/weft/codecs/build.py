@@ -1,0 +1,45 @@
+"""From a Spec to the codec, and the feedback around it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from weft.codecs.base import Codec, Segments
+from weft.codecs.cast import Cast
+from weft.codecs.feedback import ErrorFeedback, MomentumCorrection, Plain
+from weft.codecs.lowrank import PowerSgd
+from weft.codecs.quantize import Int8, Qsgd, Sign
+from weft.codecs.sparsify import RandomBlocks, RandomK, TopK
+from weft.codecs.spec import CODECS, Spec
+from weft.errors import UnknownName
+
+
+def build_codec(spec: Spec, segments: Segments, seed: int = 0) -> Codec:
+    a = spec.arguments
+    match spec.name:
+        case "bf16" | "fp16":
+            return Cast(spec.name)
+        case "int8":
+            return Int8()
+        case "qsgd":
+            return Qsgd(a["levels"])
+        case "sign":
+            return Sign()
+        case "topk" | "dgc":
+            return TopK(a["ratio"])
+        case "randomk":
+            return RandomK(a["ratio"])
+        case "blocks":
+            return RandomBlocks(a["ratio"])
+        case "powersgd":
+            return PowerSgd(a["rank"], segments, seed)
+    raise UnknownName.of("codec", spec.name, list(CODECS))
+
+
+def build(spec: Spec, segments: Segments, like: Tensor, *, seed: int = 0, momentum: float = 0.0) -> Plain:
+    """For the flat tensor ``like``, which holds ``segments``. ``momentum``: that of the task's SGD, for dgc."""
+    codec = build_codec(spec, segments, seed)
+    if spec.name == "dgc":
+        assert isinstance(codec, TopK)
+        return MomentumCorrection(codec, momentum, spec.arguments["warmup"], segments, like)
+    return ErrorFeedback(codec, segments, like) if codec.biased else Plain(codec)

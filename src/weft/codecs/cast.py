@@ -1,0 +1,32 @@
+"""Half-precision on the wire: 2 bytes a value. Linear, to the rounding of the sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from weft.codecs.base import Codec, Keys, Scratch
+
+
+class Cast(Codec):
+    """bf16 keeps float32's range and 8 bits of its mantissa; fp16 keeps 11, and overflows beyond 65504."""
+
+    linear = True
+    biased = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self._scratch = Scratch()
+
+    def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        return self._scratch("payload", len(x), self.dtype, x.device).copy_(x)
+
+    def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
+        out.add_(payload, alpha=alpha)
+
+    def decode(self, payload: Tensor, out: Tensor, keys: Keys) -> None:
+        out.copy_(payload)
+
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        return 2 * numel

@@ -1,0 +1,193 @@
+"""Few of the values: the largest (top-k), random ones, random blocks.
+
+Random choices are made with the key that all ranks share, so all choose alike and the values alone travel, by all-reduce.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.codecs.base import Codec, Keys, Scratch
+
+BLOCK = 1 << 16  # offsets within it take 16 bits
+PIECE = 1 << 16  # values that are compared together
+SAMPLE = 100_000  # of the magnitudes, to guess the threshold
+SLACK = 1.15  # guess it low enough for this many times k candidates
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def num_kept(ratio: float, numel: int) -> int:
+    return min(numel, math.ceil(ratio * numel))
+
+
+class TopK(Codec):
+    """The ceil(ratio * numel) values of largest magnitude, exactly (Aji & Heafield 2017; Lin et al. 2018).
+
+    On the wire: values (fp16, or as given with ``full``), how many lie in each block of 65,536, and their offsets in it:
+    4 bytes an entry. NaN counts as the largest, so that it is seen.
+    """
+
+    name = "topk"
+
+    def __init__(self, ratio: float, full: bool = False) -> None:
+        self.ratio, self.full = ratio, full
+        self._scratch = Scratch()
+
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        return sum(self._lengths(numel, itemsize))
+
+    def _lengths(self, numel: int, itemsize: int) -> tuple[int, int, int]:
+        """Bytes of values (padded to whole words), of counts, of offsets."""
+        k = num_kept(self.ratio, numel)
+        return -(-k * (itemsize if self.full else 2) // 4) * 4, 4 * -(-numel // BLOCK), 2 * k
+
+    def _parts(self, payload: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(values (k,), counts (blocks,) int32, offsets (k,) int16) as views."""
+        first, second, third = self._lengths(len(out), out.element_size())
+        if len(payload) != first + second + third:
+            raise ValueError(f"topk: {len(payload)} bytes for {len(out)} values, not {first + second + third}")
+        k = num_kept(self.ratio, len(out))
+        dtype = out.dtype if self.full else torch.float16
+        return (
+            payload[:first].view(dtype)[:k],
+            payload[first : first + second].view(torch.int32),
+            payload[first + second :].view(torch.int16),
+        )
+
+    def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        payload = self._scratch("payload", self.nbytes(len(x), x.element_size()), torch.uint8, x.device)
+        values, counts, offsets = self._parts(payload, x)
+        if not len(values):
+            return payload
+        chosen = torch.from_numpy(largest(x.numpy(), len(values))) if x.is_cpu else _largest_on_device(x, len(values))
+        values.copy_(x[chosen])
+        counts.copy_(torch.bincount(chosen >> 16, minlength=len(counts)))
+        offsets.copy_(chosen & (BLOCK - 1))  # 40,000 becomes -25,536: 16 bits either way
+        return payload
+
+    def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
+        values, counts, offsets = self._parts(payload, out)
+        if int(counts.sum()) != len(offsets):
+            raise ValueError(f"topk: {int(counts.sum())} entries are announced, and {len(offsets)} are here")
+        starts = torch.arange(len(counts), device=out.device) * BLOCK
+        chosen = torch.repeat_interleave(starts, counts.long(), output_size=len(offsets)) + (
+            offsets.long() & (BLOCK - 1)
+        )
+        if len(chosen) and int(chosen[-1]) >= len(out):
+            raise ValueError(f"topk: an entry at {int(chosen[-1])} of {len(out)} values")
+        out.index_add_(0, chosen, values.to(out.dtype), alpha=alpha)
+
+
+def largest(x: np.ndarray[Any, Any], k: int) -> Indices:
+    """Indices of the k largest magnitudes, ascending. A threshold is guessed from a sample, and what exceeds it compared."""
+    n = len(x)
+    if k == n:
+        return np.arange(n)
+    sample = np.abs(x[:: max(1, n // SAMPLE)])
+    wanted = min(len(sample) - 1, int(SLACK * k / n * len(sample)) + 3)
+    threshold = np.partition(sample, len(sample) - 1 - wanted)[len(sample) - 1 - wanted]
+    while True:
+        chosen, magnitudes = above(x, threshold)
+        if len(chosen) >= k:
+            break
+        if not threshold > 0:  # more than n - k of them are 0
+            chosen, magnitudes = np.arange(n), np.abs(x)
+            break
+        threshold *= 0.5
+    if len(chosen) > k:
+        keep = np.zeros(len(chosen), np.bool_)
+        keep[np.argpartition(magnitudes, len(chosen) - k)[len(chosen) - k :]] = True
+        chosen = chosen[keep]
+    return chosen
+
+
+def above(x: np.ndarray[Any, Any], threshold: float) -> tuple[Indices, np.ndarray[Any, Any]]:
+    """Where |x| > threshold or is NaN, and |x| there."""
+    work, beyond = np.empty(PIECE, x.dtype), np.empty(PIECE, np.bool_)
+    chosen, magnitudes = [], []
+    for start in range(0, len(x), PIECE):
+        given = x[start : start + PIECE]
+        size = np.abs(given, out=work[: len(given)])
+        found = np.flatnonzero(np.logical_not(np.less_equal(size, threshold, out=beyond[: len(given)])))
+        chosen.append(found + start)
+        magnitudes.append(size[found])
+    return np.concatenate(chosen), np.concatenate(magnitudes)
+
+
+def _largest_on_device(x: Tensor, k: int) -> Tensor:
+    return x.abs().nan_to_num_(nan=math.inf).topk(k, sorted=False).indices.sort().values
+
+
+class RandomK(Codec):
+    """Of each of ceil(ratio * numel) equal stretches one value, anywhere in it (Stich et al. 2018)."""
+
+    name = "randomk"
+    linear = True
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self._scratch = Scratch()
+
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        return num_kept(self.ratio, numel) * itemsize
+
+    def _chosen(self, numel: int, shared: int, device: torch.device) -> Tensor:
+        k = num_kept(self.ratio, numel)
+        bounds = np.arange(k + 1) * numel // max(k, 1)
+        offsets = (np.random.Generator(np.random.Philox(shared)).random(k) * np.diff(bounds)).astype(np.int64)
+        return torch.from_numpy(bounds[:-1] + offsets).to(device)
+
+    def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        payload = self._scratch("payload", num_kept(self.ratio, len(x)), x.dtype, x.device)
+        return torch.index_select(x, 0, self._chosen(len(x), keys.shared, x.device), out=payload)
+
+    def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
+        out.index_add_(0, self._chosen(len(out), keys.shared, out.device), payload, alpha=alpha)
+
+
+class RandomBlocks(Codec):
+    """Whole blocks of neighbours, ceil(ratio * blocks) of them: nothing else is read, so it is far the quickest."""
+
+    name = "blocks"
+    linear = True
+
+    def __init__(self, ratio: float, block: int = 1024) -> None:
+        self.ratio, self.block = ratio, block
+        self._scratch = Scratch()
+
+    def nbytes(self, numel: int, itemsize: int = 4) -> int:
+        return self._num_chosen(numel) * self.block * itemsize
+
+    def _num_chosen(self, numel: int) -> int:
+        return num_kept(self.ratio, -(-numel // self.block))
+
+    def _chosen(self, numel: int, shared: int) -> Indices:
+        total = -(-numel // self.block)
+        generator = np.random.Generator(np.random.Philox(shared))
+        return np.sort(generator.choice(total, self._num_chosen(numel), replace=False, shuffle=False))
+
+    def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        chosen = self._chosen(len(x), keys.shared)
+        payload = self._scratch("payload", len(chosen) * self.block, x.dtype, x.device)
+        whole = len(x) // self.block
+        inside = torch.from_numpy(chosen[chosen < whole]).to(x.device)
+        rows = payload.view(-1, self.block)
+        torch.index_select(x[: whole * self.block].view(-1, self.block), 0, inside, out=rows[: len(inside)])
+        if len(inside) < len(chosen):  # the last block, which is shorter
+            rows[-1].zero_()[: len(x) - whole * self.block] = x[whole * self.block :]
+        return payload
+
+    def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
+        chosen = self._chosen(len(out), keys.shared)
+        whole = len(out) // self.block
+        inside = torch.from_numpy(chosen[chosen < whole]).to(out.device)
+        rows = payload.view(-1, self.block)
+        out[: whole * self.block].view(-1, self.block).index_add_(0, inside, rows[: len(inside)], alpha=alpha)
+        if len(inside) < len(chosen):
+            out[whole * self.block :].add_(rows[-1, : len(out) - whole * self.block], alpha=alpha)

@@ -1,0 +1,144 @@
+"""An arena whose exchange is compressed: large tensors through a codec with feedback, small ones whole.
+
+Norms, biases and other tensors of fewer than two dims or 1024 values are a thousandth of the bytes and much of the training;
+they travel beside what must be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.codecs.base import Exchanging, Gather, Keys, Sum
+from weft.codecs.build import build, build_codec
+from weft.codecs.feedback import Plain
+from weft.codecs.spec import NONE, Spec, parse
+from weft.comm.link import Link
+from weft.config import FIRST_PART, part_of
+from weft.data.keys import key_int
+from weft.errors import Incompatible
+from weft.patterns.training import Arena
+
+if TYPE_CHECKING:
+    from weft.patterns.base import Facts, Resume
+
+MIN_NUMEL = 1024
+STATE = "compress"
+
+
+def is_compressed(shape: Sequence[int], numel: int) -> bool:
+    return len(shape) >= 2 and numel >= MIN_NUMEL
+
+
+def make_arena(
+    params: Mapping[str, nn.Parameter], link: Link, compress: str, *, seed: int, momentum: float = 0.0
+) -> Arena:
+    """As ``compress`` says: "none", or what weft.codecs.spec.parse reads."""
+    if compress == NONE or link.world == 1:
+        return Arena(params, link)
+    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum)
+
+
+def take_momentum(optimizer: torch.optim.Optimizer) -> float:
+    """From the task's SGD: momentum correction takes it over, and both would be twice as much."""
+    if type(optimizer) is not torch.optim.SGD:
+        raise Incompatible(
+            f"dgc corrects the momentum of SGD, and the task's optimizer is {type(optimizer).__name__}: use topk:RATIO, which "
+            "works with every optimizer."
+        )
+    momenta = {group["momentum"] for group in optimizer.param_groups}
+    if len(momenta) > 1 or any(group["nesterov"] or group["dampening"] for group in optimizer.param_groups):
+        raise Incompatible(
+            "dgc wants SGD with one momentum for all parameters, without nesterov and dampening: use topk:RATIO."
+        )
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+    return float(momenta.pop())
+
+
+class CompressedArena(Arena):
+    """``state`` is the same on all ranks after an exchange; ``own_state`` is what each rank holds back for itself."""
+
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], link: Link, spec: Spec, *, seed: int, momentum: float = 0.0
+    ) -> None:
+        large = {n: p for n, p in params.items() if is_compressed(p.shape, p.numel())}
+        super().__init__(params, link, first=large)
+        self.link, self.seed = link, seed
+        self.feedbacks: list[Plain] = []
+        for flat in self.buffers[: len({p.dtype for p in large.values()})]:
+            segments = [(n, p.shape) for n, p in large.items() if p.dtype == flat.dtype]
+            self.feedbacks.append(build(spec, segments, flat, seed=key_int(seed, "codec"), momentum=momentum))
+
+    def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
+        waiting = [*self.buffers[len(self.feedbacks) :], *beside]
+        for k, (feedback, flat) in enumerate(zip(self.feedbacks, self.buffers, strict=False)):
+            keys = Keys(
+                key_int(self.seed, "codec", number, k), key_int(self.seed, "codec", number, k, "rank", link.rank)
+            )
+            waiting = carry_out(feedback.exchange(flat, keys, link.world), link, waiting)
+        if waiting:
+            link.all_reduce(waiting)
+
+    def state(self) -> dict[str, Any]:
+        return {f"{k}": feedback.state_dict() for k, feedback in enumerate(self.feedbacks)}
+
+    def own_state(self) -> dict[str, Any]:
+        return {f"{k}": feedback.own_state_dict() for k, feedback in enumerate(self.feedbacks)}
+
+    def load(self, resume: Resume) -> None:
+        """In another world every rank takes an equal share of what all had held back, so that nothing of it is lost."""
+        state = resume.parts[FIRST_PART]["exchange"][STATE]
+        if resume.world == self.link.world:
+            own = resume.parts[part_of(self.link.rank)][STATE]
+        else:
+            own = _share([part[STATE] for part in resume.parts.values()], self.link.world)
+        for k, feedback in enumerate(self.feedbacks):
+            feedback.load_state_dict(state[f"{k}"], own[f"{k}"])
+
+
+def carry_out(exchanging: Exchanging, link: Link, beside: list[Tensor]) -> list[Tensor]:
+    """What a codec asks for, done by ``link``. ``beside`` travels with the first sum; returns what had no chance to."""
+    asked = next(exchanging)
+    while True:
+        answer = None
+        if isinstance(asked, Sum):
+            link.all_reduce([*asked.buffers, *beside])
+            beside = []
+        else:
+            assert isinstance(asked, Gather)
+            answer = link.all_gather(asked.payload)
+        try:
+            asked = exchanging.send(answer)
+        except StopIteration:
+            return beside
+
+
+def _share(states: Sequence[Any], world: int) -> Any:
+    """The states' sum / world, leaf by leaf."""
+    first = states[0]
+    if isinstance(first, Mapping):
+        return {key: _share([state[key] for state in states], world) for key in first}
+    return torch.stack(list(states)).sum(0) / world
+
+
+def bytes_per_exchange(facts: Facts, compress: str) -> tuple[list[int], list[int]]:
+    """(bytes of each sum, bytes of each gather) of one exchange; with the first sum travels what is not compressed."""
+    trained = [p for p in facts.params if p.trainable and not p.sparse]
+    large = [p for p in trained if is_compressed(p.shape, torch.Size(p.shape).numel())]
+    sums, gathered = [0], []
+    for dtype in dict.fromkeys(p.dtype for p in large):
+        segments = [(p.name, torch.Size(p.shape)) for p in large if p.dtype == dtype]
+        codec = build_codec(parse(compress), segments)
+        numel = sum(shape.numel() for _, shape in segments)
+        itemsize: int = getattr(torch, dtype).itemsize
+        if codec.linear:
+            sums += codec.sums(numel, itemsize)
+        else:
+            gathered.append(codec.nbytes(numel, itemsize))
+    sums[:2] = [sum(sums[:2])]
+    sums[0] += sum(p.nbytes for p in trained) - sum(p.nbytes for p in large)
+    return sums, gathered
