@@ -210,17 +210,18 @@ def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | 
     """At each safe point: evaluate, save or stop, as the run's settings say. All members decide alike."""
     config = job.config
     span = spans.span if spans is not None else lambda name: contextlib.nullcontext()
+    save_every, eval_every = job.save_every, config.eval_every
     reporter.begin(reporter.step)
     for point in points:
         is_new = point.version > reporter.step
         if is_new:
             reporter.add(point)
         done = point.ended or point.stop
-        if is_new and (done or (job.save_every and point.version % job.save_every == 0)):
+        if is_new and (done or (save_every and point.version % save_every == 0)):
             reporter.flush()
             with span("save"):
                 save(point, reporter, job, link)
-        if point.ended or (config.eval_every and point.version % config.eval_every == 0):
+        if point.ended or (eval_every and point.version % eval_every == 0):
             reporter.flush()
             with span("evaluate"):
                 metrics = point.evaluate()

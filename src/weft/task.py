@@ -103,13 +103,11 @@ class Task(ABC):
 
 def first_length(batch: Any) -> int:
     """Length of the first tensor (or sized leaf) found in a batch of nested tuples, lists and dicts."""
-    import torch
-
-    if isinstance(batch, torch.Tensor):
+    if hasattr(batch, "dim"):  # a tensor; asked at every step, so without importing torch
         return batch.shape[0] if batch.dim() else 1
     children = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
     for child in children:
-        if isinstance(child, (torch.Tensor, tuple, list, dict)):
+        if hasattr(child, "dim") or isinstance(child, (tuple, list, dict)):
             return first_length(child)
     if isinstance(batch, Sized):
         return len(batch)

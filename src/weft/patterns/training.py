@@ -99,6 +99,7 @@ class Replica:
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
         self.epoch_ended = False
         self.report = StepReport()
+        self.attached = Update()  # the newest own one: its entries are the parameters' gradients
         self.applied_s = 0.0  # what the last ``apply`` took
         self.spans = ctx.spans
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
@@ -162,7 +163,7 @@ class Replica:
 
     def _collect(self, weight: float) -> Update:
         """Gradients where autograd put them. A parameter without one keeps None: zeros would make AdamW move it."""
-        update = Update({}, weight, self.step, self.ctx.rank)
+        update = self.attached = Update({}, weight, self.step, self.ctx.rank)
         for name, p in self.params.items():
             if name in self.sparse:
                 update.entries[name] = sparse_rows(name, p)
@@ -177,7 +178,8 @@ class Replica:
         begun = time.perf_counter()
         if self.chain:
             update = apply_all(self.chain, update)
-        for name, p in self.params.items():
+        where_collected = update is self.attached and not self.sparse
+        for name, p in self.params.items() if not where_collected else ():
             entry = update.entries.get(name)
             if entry is None:
                 p.grad = None
