@@ -9,4 +9,8 @@ import pytest
 
 
 def rest_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
-    return [v if k < keep else pytest.param(v, marks=pytest.mark.slow) for k, v in enumerate(values)]
+    """A tuple gives several parameters."""
+    slow = pytest.mark.slow
+    return [
+        v if k < keep else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=slow) for k, v in enumerate(values)
+    ]

@@ -376,7 +376,8 @@ def test_the_ratio_falls_over_the_warm_up() -> None:
         ("topk", "needs its ratio: write topk:RATIO"),
         ("topk:2", "ratio '2' is not possible, give more than 0 and at most 1"),
         ("topk:x", "ratio 'x' is not possible"),
-        ("topk:0.1:3", "too many arguments"),
+        ("topk:0.1:3", "values '3' is not possible, give fp16 or full"),
+        ("topk:0.1:full:3", "too many arguments"),
         ("powersgd:0", "rank '0' is not possible"),
         ("powersgd:1.5", "rank '1.5' is not possible"),
         ("qsgd:200", "levels '200' is not possible, give 1 to 127"),
@@ -398,5 +399,5 @@ def test_an_unknown_codec_names_the_nearest() -> None:
 
 def test_all_are_written_as_they_are_read() -> None:
     for text in (*SPECS, "dgc:0.01:100"):
-        assert str(parse(text)) in (text, f"{text}:127")
+        assert str(parse(text)) in (text, f"{text}:127", f"{text}:fp16")
     assert set(CODECS) == {parse(t).name for t in (*SPECS, "dgc:0.01")}

@@ -25,7 +25,9 @@ def build_codec(spec: Spec, segments: Segments, seed: int = 0) -> Codec:
             return Qsgd(a["levels"])
         case "sign":
             return Sign()
-        case "topk" | "dgc":
+        case "topk":
+            return TopK(a["ratio"], full=a["values"] == "full")
+        case "dgc":
             return TopK(a["ratio"])
         case "randomk":
             return RandomK(a["ratio"])

@@ -37,6 +37,9 @@ class Plain:
     def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
         yield from self.codec.exchange(x, keys, world)
 
+    def take_back(self, name: str, share: Tensor) -> None:
+        """This rank's share of what came for a parameter and could not be used."""
+
     def state_dict(self) -> dict[str, Any]:
         """Alike on all ranks."""
         return {"codec": self.codec.state_dict()}
@@ -58,6 +61,9 @@ class ErrorFeedback(Plain):
 
     def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
         yield from self.codec.exchange(x, keys, world, self.residual)
+
+    def take_back(self, name: str, share: Tensor) -> None:
+        by_name(self.residual, self.segments)[name].add_(share)
 
     def own_state_dict(self) -> dict[str, Any]:
         return {"residual": by_name(self.residual, self.segments)}
@@ -99,6 +105,9 @@ class MomentumCorrection(Plain):
         yield from codec.exchange(x, keys, world, self.v)
         self.u.masked_fill_(self.v != before, 0.0)
         self.exchanges += 1
+
+    def take_back(self, name: str, share: Tensor) -> None:
+        by_name(self.v, self.segments)[name].add_(share)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"exchanges": self.exchanges}

@@ -42,7 +42,10 @@ CODECS: dict[str, Choice] = {
         (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
     ),
     "sign": Choice("1 bit a value, times the block's mean magnitude [error feedback]"),
-    "topk": Choice("the RATIO of values that are largest, 4 bytes each [error feedback]", (RATIO,)),
+    "topk": Choice(
+        "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes [error feedback]",
+        (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
+    ),
     "randomk": Choice("a RATIO of values at random, the same on all workers [error feedback]", (RATIO,)),
     "blocks": Choice("a RATIO of blocks of 1024 values at random [error feedback]", (RATIO,)),
     "powersgd": Choice(
@@ -65,7 +68,7 @@ class Spec:
     arguments: dict[str, Any]
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{value:g}" for value in self.arguments.values())])
+        return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
 
 
 def usages(but: tuple[str, ...] = ()) -> list[str]:

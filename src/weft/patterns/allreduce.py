@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Context, Facts, Pattern, Role, compressed_bytes, tail_numel
+from weft.patterns.base import Context, Facts, Pattern, Role, compressed_bytes, compression_notes, tail_numel
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
@@ -67,6 +67,11 @@ class AllReduce(Pattern):
     def check(self, facts: Facts, config: Config) -> None:
         if self.autocast == "bf16" and config.dtype == "float64":
             raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+        if self.compress.startswith("dgc") and facts.plain_momentum is None:
+            raise Incompatible(
+                f"compress={self.compress} corrects the plain momentum of SGD, one for all parameters, and the task's optimizer is "
+                f"{facts.optimizer}{', with more to it' if facts.optimizer == 'SGD' else ''}: use topk:RATIO, which goes with every optimizer."
+            )
         share = config.batch // config.workers
         if self.accumulate > share:
             raise ConfigError(
@@ -122,6 +127,8 @@ class AllReduce(Pattern):
             result.append(
                 f"sparse gradients ({', '.join(sparse)}): only touched rows travel, gathered from all workers"
             )
+        if self.compress != NONE:
+            result += compression_notes(self.compress, config.workers)
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         return result

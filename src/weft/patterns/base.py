@@ -78,6 +78,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         None  # updates after which the learning rate is at most half of its highest; None: never
     )
 
+    optimizer: str = ""  # the class of the task's
+    plain_momentum: float | None = None  # if it is SGD with the same plain momentum for all parameters
+
     @property
     def gradient_bytes(self) -> dict[str, int]:
         """Dense gradients by dtype: what a step exchanges."""
@@ -250,3 +253,11 @@ def compressed_bytes(
     sums, gathered = bytes_per_exchange(facts, compress)
     result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
     return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)
+
+
+def compression_notes(compress: str, workers: int) -> list[str]:
+    if workers == 1:
+        return [f"compress={compress}: one worker sends nothing, so nothing is compressed"]
+    if compress.startswith("dgc"):
+        return ["dgc takes the momentum of the task's SGD over: the optimizer itself has none"]
+    return []

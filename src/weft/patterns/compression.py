@@ -6,7 +6,7 @@ they travel beside what must be exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from weft.codecs.spec import NONE, Spec, parse
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
-from weft.errors import Incompatible
 from weft.patterns.training import Arena
 
 if TYPE_CHECKING:
@@ -42,21 +41,11 @@ def make_arena(
     return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum)
 
 
-def take_momentum(optimizer: torch.optim.Optimizer) -> float:
-    """From the task's SGD: momentum correction takes it over, and both would be twice as much."""
-    if type(optimizer) is not torch.optim.SGD:
-        raise Incompatible(
-            f"dgc corrects the momentum of SGD, and the task's optimizer is {type(optimizer).__name__}: use topk:RATIO, which "
-            "works with every optimizer."
-        )
-    momenta = {group["momentum"] for group in optimizer.param_groups}
-    if len(momenta) > 1 or any(group["nesterov"] or group["dampening"] for group in optimizer.param_groups):
-        raise Incompatible(
-            "dgc wants SGD with one momentum for all parameters, without nesterov and dampening: use topk:RATIO."
-        )
+def take_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> float:
+    """Momentum correction takes it over from the task's SGD: both would be twice as much."""
     for group in optimizer.param_groups:
         group["momentum"] = 0.0
-    return float(momenta.pop())
+    return momentum
 
 
 class CompressedArena(Arena):
@@ -82,6 +71,12 @@ class CompressedArena(Arena):
             waiting = carry_out(feedback.exchange(flat, keys, link.world), link, waiting)
         if waiting:
             link.all_reduce(waiting)
+
+    def take_back(self, names: Iterable[str]) -> None:
+        for name in set(names) & self.first:
+            for feedback, flat in zip(self.feedbacks, self.buffers, strict=False):
+                if flat.dtype == self.views[name].dtype:
+                    feedback.take_back(name, self.views[name] / self.link.world)
 
     def state(self) -> dict[str, Any]:
         return {f"{k}": feedback.state_dict() for k, feedback in enumerate(self.feedbacks)}

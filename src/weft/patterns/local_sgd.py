@@ -22,7 +22,7 @@ from weft.codecs.spec import NONE, parse, usages
 from weft.comm.link import WORLD
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
-from weft.patterns.base import Context, Facts, Group, Pattern, Role, compressed_bytes, own_rows_numel
+from weft.patterns.base import Context, Facts, Group, Pattern, Role, compressed_bytes, compression_notes, own_rows_numel
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -223,6 +223,8 @@ class LocalSGD(Pattern):
             result.append("sparse parameters travel whole at each meeting, as the others do")
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
+        if self.compress != NONE:
+            result += compression_notes(self.compress, config.workers)
         if self.island == config.workers and self.outer == Outer.presets["average"]:
             result.append(
                 "all workers train as one: meetings change nothing, --pattern allreduce does the same and sends less"

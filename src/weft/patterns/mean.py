@@ -65,7 +65,9 @@ class JoinedMean(Exchange):
         if link.world == 1:
             return
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
-        seed, momentum = replica.seed, take_momentum(replica.optimizer) if compress.startswith("dgc") else 0.0
+        seed, momentum = replica.seed, 0.0
+        if compress.startswith("dgc"):
+            momentum = take_momentum(replica.optimizer, replica.ctx.facts.plain_momentum or 0.0)
         self.arena = make_arena(dense, link, compress, seed=seed, momentum=momentum)
         if compress != "none":
             self.writers = range(link.world)
@@ -114,11 +116,14 @@ class JoinedMean(Exchange):
         if not sum(weights) and self.link.world < replica.ctx.world:
             return Update({}, 0.0, update.version)  # of a small batch this island drew nothing
         self._check(losses, weights)
+        present = self.presence.tolist()
+        if not all(present):
+            self.arena.take_back(n for n, p in zip(self.position, present, strict=True) if not p)
         correction = replica.joined / sum(weights)  # 1 unless shares or the task's own counts are uneven
         if correction != 1.0:
             torch._foreach_mul_(self.arena.buffers, correction)
         self.running.take(correction)
-        return self._combined(update, correction)
+        return self._combined(update, correction, present)
 
     def _fill_arena(self, update: Update) -> None:
         """A parameter that this rank's examples did not touch adds nothing to the sum."""
@@ -151,10 +156,10 @@ class JoinedMean(Exchange):
                 f"num_examples added up to {sum(weights)} over all workers at step {step + 1}: it must be positive."
             )
 
-    def _combined(self, update: Update, correction: float) -> Update:
+    def _combined(self, update: Update, correction: float, presence: list[float]) -> Update:
         assert self.arena is not None
         entries: dict[str, Entry] = {}
-        for name, present in zip(self.position, self.presence.tolist(), strict=True):
+        for name, present in zip(self.position, presence, strict=True):
             if not present:
                 continue
             if name in self.arena.views:

@@ -116,9 +116,21 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         about_data=data.notes,
         owned=data.owned,
         rate_drops_at=drop,
+        optimizer=type(optimizer).__name__,
+        plain_momentum=plain_momentum(optimizer),
     )
     pattern.check(facts, config)
     return facts
+
+
+def plain_momentum(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of an SGD with one momentum for all parameters, and nothing more about it; None of any other optimizer."""
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    groups = optimizer.param_groups
+    if len({group["momentum"] for group in groups}) > 1 or any(g["nesterov"] or g["dampening"] for g in groups):
+        return None
+    return float(groups[0]["momentum"])
 
 
 def choose_device(asked: str) -> torch.device:

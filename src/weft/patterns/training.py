@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from abc import ABC
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -65,6 +65,9 @@ class Arena:
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         """The sum over ranks, of ``beside`` too, in one exchange: the run's ``number``-th."""
         link.all_reduce([*self.buffers, *beside])
+
+    def take_back(self, names: Iterable[str]) -> None:
+        """What came for these parameters cannot be used in this step."""
 
     def state(self) -> dict[str, Any]:
         """What an exchange leaves behind, alike on all ranks."""
