@@ -12,5 +12,6 @@ def rest_slow(values: Iterable[Any], keep: int = 1) -> list[Any]:
     """A tuple gives several parameters."""
     slow = pytest.mark.slow
     return [
-        v if k < keep else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=slow) for k, v in enumerate(values)
+        v if k < keep else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=slow)
+        for k, v in enumerate(values)
     ]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from weft.codecs.base import Codec, Segments
 from weft.codecs.cast import Cast
-from weft.codecs.feedback import ErrorFeedback, MomentumCorrection, Plain
+from weft.codecs.feedback import ErrorFeedback, Momentum, MomentumCorrection, Plain
 from weft.codecs.lowrank import PowerSgd
 from weft.codecs.quantize import Int8, Qsgd, Sign
 from weft.codecs.sparsify import RandomBlocks, RandomK, TopK
@@ -38,10 +38,14 @@ def build_codec(spec: Spec, segments: Segments, seed: int = 0) -> Codec:
     raise UnknownName.of("codec", spec.name, list(CODECS))
 
 
-def build(spec: Spec, segments: Segments, like: Tensor, *, seed: int = 0, momentum: float = 0.0) -> Plain:
-    """For the flat tensor ``like``, which holds ``segments``. ``momentum``: that of the task's SGD, for dgc."""
+def build(
+    spec: Spec, segments: Segments, like: Tensor, *, seed: int = 0, momentum: Momentum | None = None, warmup: int = 0
+) -> Plain:
+    """For the flat tensor ``like``, which holds ``segments``. ``momentum``: what is taken over from the task's optimizer, if it
+    keeps one and the codec wants it; ``warmup``: exchanges until a sparsifier has come down to its ratio."""
     codec = build_codec(spec, segments, seed)
-    if spec.name == "dgc":
-        assert isinstance(codec, TopK)
-        return MomentumCorrection(codec, momentum, spec.arguments["warmup"], segments, like)
-    return ErrorFeedback(codec, segments, like) if codec.biased else Plain(codec)
+    if not codec.biased:
+        return Plain(codec)
+    if momentum is not None and spec.takes_momentum:
+        return MomentumCorrection(codec, momentum, warmup, segments, like)
+    return ErrorFeedback(codec, segments, like)

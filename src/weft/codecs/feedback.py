@@ -6,13 +6,15 @@ Seide et al. 2014; why it is needed and suffices: Stich et al. 2018, Karimireddy
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.codecs.base import Codec, Exchanging, Keys, Segments
-from weft.codecs.sparsify import TopK
+from weft.codecs.sparsify import Sparsifier
+from weft.codecs.spec import warm_ratio
 
 
 def by_name(flat: Tensor, segments: Segments) -> dict[str, Tensor]:
@@ -76,49 +78,71 @@ class ErrorFeedback(Plain):
             fill(self.residual, self.segments, own["residual"], "the residual")
 
 
-class MomentumCorrection(Plain):
-    """Deep Gradient Compression (Lin et al. 2018, eq. 4 and 5): momentum is taken before the choice, of what waits.
+@dataclass(frozen=True)
+class Momentum:
+    """The first moment that an optimizer keeps: SGD's u = m u + x, or Adam's u = m u + (1 - m) x, over 1 - m^t (``is_mean``)."""
 
-    u = m u + x; v = v + u; v is encoded; where v was sent, u and v begin anew (momentum factor masking). The optimizer after it
-    must have no momentum of its own. The ratio starts at 1/4 and falls to the codec's over ``warmup`` exchanges.
-    """
+    factor: float
+    is_mean: bool = False
 
-    def __init__(self, codec: TopK, momentum: float, warmup: int, segments: Segments, like: Tensor) -> None:
-        super().__init__(codec)
-        self.final_ratio, self.momentum, self.warmup, self.segments = codec.ratio, momentum, warmup, segments
-        self.u, self.v = torch.zeros_like(like), torch.zeros_like(like)
-        self.exchanges = 0
 
-    def ratio_now(self) -> float:
-        """1/4, 1/16, ... as in the paper, but falling evenly instead of at each epoch."""
-        if self.exchanges >= self.warmup or self.final_ratio >= 0.25:
-            return self.final_ratio
-        return float(0.25 * (self.final_ratio / 0.25) ** (self.exchanges / self.warmup))
+class RunningMomentum:
+    """``x`` becomes its running momentum, in place."""
 
-    def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
-        codec = self.codec
-        assert isinstance(codec, TopK)
-        codec.ratio = self.ratio_now()
-        self.u.mul_(self.momentum).add_(x)
-        x.copy_(self.u)
-        before = self.v.add(x)
-        yield from codec.exchange(x, keys, world, self.v)
-        self.u.masked_fill_(self.v != before, 0.0)
-        self.exchanges += 1
+    def __init__(self, momentum: Momentum, like: Tensor) -> None:
+        self.momentum, self.velocity, self.steps = momentum, torch.zeros_like(like), 0
 
-    def take_back(self, name: str, share: Tensor) -> None:
-        by_name(self.v, self.segments)[name].add_(share)
+    def __call__(self, x: Tensor) -> None:
+        m = self.momentum
+        self.steps += 1
+        self.velocity.mul_(m.factor).add_(x, alpha=1 - m.factor if m.is_mean else 1.0)
+        torch.mul(self.velocity, 1 / (1 - m.factor**self.steps) if m.is_mean else 1.0, out=x)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"exchanges": self.exchanges}
+        return {"velocity": self.velocity, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.velocity.copy_(state["velocity"])
+        self.steps = int(state["steps"])
+
+
+class MomentumCorrection(ErrorFeedback):
+    """Momentum is taken before the codec instead of after it, by each rank of its own gradients: then what waits in the residual
+    is momentum, and does not come all at once on top of what the optimizer still remembers.
+
+    Deep Gradient Compression (Lin et al. 2018, eq. 4 and 5), for any codec; for sign it is 1-bit Adam's order (Tang et al. 2021),
+    without its frozen variance. Where a value that had waited is sent, its momentum begins anew (momentum factor masking); the
+    paper masks all that is sent, which leaves no momentum at all where nothing waits. The optimizer must keep none of its own.
+
+    A sparsifier's ratio starts at 1/4 and falls to its own over ``warmup`` exchanges: the paper's schedule, but evenly.
+    """
+
+    def __init__(self, codec: Codec, momentum: Momentum, warmup: int, segments: Segments, like: Tensor) -> None:
+        super().__init__(codec, segments, like)
+        self.momentum, self.warmup = RunningMomentum(momentum, like), warmup
+        self.final_ratio = codec.ratio if isinstance(codec, Sparsifier) else 1.0
+
+    def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
+        if isinstance(self.codec, Sparsifier):
+            self.codec.ratio = warm_ratio(self.final_ratio, self.momentum.steps, self.warmup)
+        self.momentum(x)
+        if not self.codec.sparse:
+            yield from super().exchange(x, keys, world)
+            return
+        waited = self.residual != 0
+        before = self.residual + x
+        yield from super().exchange(x, keys, world)
+        self.momentum.velocity.masked_fill_(waited.logical_and_(self.residual != before), 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"exchanges": self.momentum.steps}
 
     def own_state_dict(self) -> dict[str, Any]:
-        return {"u": by_name(self.u, self.segments), "v": by_name(self.v, self.segments)}
+        return super().own_state_dict() | {"velocity": by_name(self.momentum.velocity, self.segments)}
 
     def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         super().load_state_dict(state, own)
-        self.exchanges = int(state.get("exchanges", 0))
-        for flat, name in ((self.u, "u"), (self.v, "v")):
-            flat.zero_()
-            if own:
-                fill(flat, self.segments, own[name], name)
+        self.momentum.steps = int(state.get("exchanges", 0))
+        self.momentum.velocity.zero_()
+        if own:
+            fill(self.momentum.velocity, self.segments, own["velocity"], "the momentum")

@@ -26,7 +26,14 @@ def num_kept(ratio: float, numel: int) -> int:
     return min(numel, math.ceil(ratio * numel))
 
 
-class TopK(Codec):
+class Sparsifier(Codec):
+    """``ratio`` may change from one exchange to the next, on all ranks alike."""
+
+    sparse = True
+    ratio: float
+
+
+class TopK(Sparsifier):
     """The ceil(ratio * numel) values of largest magnitude, exactly (Aji & Heafield 2017; Lin et al. 2018).
 
     On the wire: values (fp16, or as given with ``full``), how many lie in each block of 65,536, and their offsets in it:
@@ -124,7 +131,7 @@ def _largest_on_device(x: Tensor, k: int) -> Tensor:
     return x.abs().nan_to_num_(nan=math.inf).topk(k, sorted=False).indices.sort().values
 
 
-class RandomK(Codec):
+class RandomK(Sparsifier):
     """Of each of ceil(ratio * numel) equal stretches one value, anywhere in it (Stich et al. 2018)."""
 
     name = "randomk"
@@ -151,7 +158,7 @@ class RandomK(Codec):
         out.index_add_(0, self._chosen(len(out), keys.shared, out.device), payload, alpha=alpha)
 
 
-class RandomBlocks(Codec):
+class RandomBlocks(Sparsifier):
     """Whole blocks of neighbours, ceil(ratio * blocks) of them: nothing else is read, so it is far the quickest."""
 
     name = "blocks"

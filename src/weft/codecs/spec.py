@@ -25,6 +25,7 @@ class Argument:
 class Choice:
     doc: str
     arguments: tuple[Argument, ...] = ()
+    wants_momentum: bool = False  # as the codec's own
 
     def usage(self, name: str) -> str:
         return name + "".join(
@@ -36,26 +37,24 @@ RATIO = Argument("ratio", "more than 0 and at most 1", float, lambda r: 0 < r <=
 CODECS: dict[str, Choice] = {
     "bf16": Choice("bfloat16 on the wire: half the bytes"),
     "fp16": Choice("float16 on the wire: half the bytes; overflows beyond 65504"),
-    "int8": Choice("8 bits a value, scaled in blocks of 1024 [error feedback]"),
+    "int8": Choice("8 bits a value, scaled in blocks of 1024"),
     "qsgd": Choice(
         "rounded at random to LEVELS (127), without bias; 4 bits a value for 7 levels and fewer",
         (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
     ),
-    "sign": Choice("1 bit a value, times the block's mean magnitude [error feedback]"),
+    "sign": Choice("1 bit a value, times the block's mean magnitude", wants_momentum=True),
     "topk": Choice(
-        "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes [error feedback]",
+        "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes",
         (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
-    ),
-    "randomk": Choice("a RATIO of values at random, the same on all workers [error feedback]", (RATIO,)),
-    "blocks": Choice("a RATIO of blocks of 1024 values at random [error feedback]", (RATIO,)),
-    "powersgd": Choice(
-        "each matrix as a product of two of rank RANK [error feedback]",
-        (Argument("rank", "1 or more", int, lambda n: n >= 1),),
+        wants_momentum=True,
     ),
     "dgc": Choice(
-        "Deep Gradient Compression: topk with the momentum of the task's SGD taken before the choice, and a ratio that falls "
-        "to RATIO over WARMUP (100) steps",
-        (RATIO, Argument("warmup", "0 or more", int, lambda n: n >= 0, 100)),
+        "topk, but refused where no momentum can be taken before it (Deep Gradient Compression)", (RATIO,), True
+    ),
+    "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), True),
+    "blocks": Choice("a RATIO of blocks of 1024 values at random", (RATIO,), True),
+    "powersgd": Choice(
+        "each matrix as a product of two of rank RANK", (Argument("rank", "1 or more", int, lambda n: n >= 1),)
     ),
 }
 
@@ -67,8 +66,24 @@ class Spec:
     name: str
     arguments: dict[str, Any]
 
+    @property
+    def takes_momentum(self) -> bool:
+        """It is better taken before this codec than after it; not where all values are sent, and none waits."""
+        return CODECS[self.name].wants_momentum and self.arguments.get("ratio", 0) != 1
+
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
+
+
+WARM_RATIO = 0.25
+WARMUP_SHARE = 5  # a fifth of the run's exchanges
+
+
+def warm_ratio(final: float, exchanges: int, warmup: int) -> float:
+    """A sparsifier's ratio after so many exchanges: from 1/4 down to ``final`` over ``warmup`` of them."""
+    if exchanges >= warmup or final >= WARM_RATIO:
+        return final
+    return float(WARM_RATIO * (final / WARM_RATIO) ** (exchanges / warmup))
 
 
 def usages(but: tuple[str, ...] = ()) -> list[str]:

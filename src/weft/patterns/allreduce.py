@@ -67,10 +67,11 @@ class AllReduce(Pattern):
     def check(self, facts: Facts, config: Config) -> None:
         if self.autocast == "bf16" and config.dtype == "float64":
             raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
-        if self.compress.startswith("dgc") and facts.plain_momentum is None:
+        if self.compress.startswith("dgc") and facts.momentum is None:
             raise Incompatible(
-                f"compress={self.compress} corrects the plain momentum of SGD, one for all parameters, and the task's optimizer is "
-                f"{facts.optimizer}{', with more to it' if facts.optimizer == 'SGD' else ''}: use topk:RATIO, which goes with every optimizer."
+                f"compress={self.compress} takes the momentum before the choice, and the task's {facts.optimizer} has none that could be: "
+                "it wants SGD with momentum (no nesterov, dampening or weight decay), Adam or AdamW, one momentum for all "
+                "parameters, none of them sparse. Use topk:RATIO, which goes with every optimizer."
             )
         share = config.batch // config.workers
         if self.accumulate > share:
@@ -80,10 +81,12 @@ class AllReduce(Pattern):
             )
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
-        plan = self.among(facts, config.workers, bytes_for, carrier)
+        plan = self.among(facts, config.workers, bytes_for, carrier, config.total_steps(facts.train_examples))
         return [plan] if plan else []
 
-    def among(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan | None:
+    def among(
+        self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str, steps: int = 0
+    ) -> LinkPlan | None:
         """Of a group of this size; None if there is nobody to talk to."""
         if workers == 1:
             return None
@@ -95,7 +98,8 @@ class AllReduce(Pattern):
         if self.compress == NONE:
             nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
         else:
-            nbytes = compressed_bytes(facts, self.compress, running - integers + tail, workers, bytes_for, carrier)
+            beside = running - integers + tail
+            nbytes = compressed_bytes(facts, self.compress, beside, workers, bytes_for, carrier, steps)
             what += f", compressed by {self.compress} but for small tensors"
         if integers:
             nbytes += bytes_for(integers, workers)
@@ -128,7 +132,7 @@ class AllReduce(Pattern):
                 f"sparse gradients ({', '.join(sparse)}): only touched rows travel, gathered from all workers"
             )
         if self.compress != NONE:
-            result += compression_notes(self.compress, config.workers)
+            result += compression_notes(self.compress, config.workers, facts)
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         return result

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
+from weft.codecs.spec import parse
 from weft.comm.link import WORLD
 from weft.cost import all_gather_bytes
 from weft.data.shards import Index
@@ -79,7 +80,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
 
     optimizer: str = ""  # the class of the task's
-    plain_momentum: float | None = None  # if it is SGD with the same plain momentum for all parameters
+    momentum: tuple[float, bool] | None = (
+        None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
+    )
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -245,19 +248,36 @@ class Pattern(ABC):
 
 
 def compressed_bytes(
-    facts: Facts, compress: str, beside: int, workers: int, bytes_for: Callable[[int, int], int], carrier: str
+    facts: Facts,
+    compress: str,
+    beside: int,
+    workers: int,
+    bytes_for: Callable[[int, int], int],
+    carrier: str,
+    warm_steps: int = 0,
 ) -> int:
-    """What one worker sends in an exchange of all trained tensors; ``beside`` bytes travel whole with the first sum."""
+    """What one worker sends in an exchange of all trained tensors; ``beside`` bytes travel whole with the first sum.
+
+    ``warm_steps``: of a run in which gradients are compressed, so that a sparsifier may warm up; the mean over these.
+    """
     from weft.patterns.compression import bytes_per_exchange  # imports torch
 
-    sums, gathered = bytes_per_exchange(facts, compress)
+    warms = facts.momentum is not None and parse(compress).takes_momentum
+    sums, gathered = bytes_per_exchange(facts, compress, warm_steps if warms else 0)
     result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
     return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)
 
 
-def compression_notes(compress: str, workers: int) -> list[str]:
+def compression_notes(compress: str, workers: int, facts: Facts | None = None) -> list[str]:
+    """``facts``: of the task whose optimizer's momentum may be taken before the codec."""
     if workers == 1:
         return [f"compress={compress}: one worker sends nothing, so nothing is compressed"]
-    if compress.startswith("dgc"):
-        return ["dgc takes the momentum of the task's SGD over: the optimizer itself has none"]
+    spec = parse(compress)
+    if facts is not None and spec.takes_momentum:
+        if facts.momentum is None:
+            return [
+                f"compress={compress} does better with a momentum taken before it, and {facts.optimizer} as the task sets it has none "
+                "that could be"
+            ]
+        return [f"{facts.optimizer}'s momentum of {facts.momentum[0]:g} is taken before {spec.name}, and not after it"]
     return []

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.codecs.base import Exchanging, Gather, Keys, Sum
+from weft.codecs.base import Codec, Exchanging, Gather, Keys, Sum
 from weft.codecs.build import build, build_codec
-from weft.codecs.feedback import Plain
-from weft.codecs.spec import NONE, Spec, parse
+from weft.codecs.feedback import Momentum, Plain, RunningMomentum
+from weft.codecs.sparsify import Sparsifier
+from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, parse, warm_ratio
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
-from weft.patterns.training import Arena
+from weft.patterns.training import Arena, Replica
 
 if TYPE_CHECKING:
     from weft.patterns.base import Facts, Resume
@@ -33,26 +34,45 @@ def is_compressed(shape: Sequence[int], numel: int) -> bool:
 
 
 def make_arena(
-    params: Mapping[str, nn.Parameter], link: Link, compress: str, *, seed: int, momentum: float = 0.0
+    params: Mapping[str, nn.Parameter],
+    link: Link,
+    compress: str,
+    *,
+    seed: int,
+    momentum: Momentum | None = None,
+    warmup: int = 0,
 ) -> Arena:
     """As ``compress`` says: "none", or what weft.codecs.spec.parse reads."""
     if compress == NONE or link.world == 1:
         return Arena(params, link)
-    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum)
+    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum, warmup=warmup)
 
 
-def take_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> float:
-    """Momentum correction takes it over from the task's SGD: both would be twice as much."""
-    for group in optimizer.param_groups:
-        group["momentum"] = 0.0
-    return momentum
+def take_momentum(replica: Replica, compress: str) -> Momentum | None:
+    """From the task's optimizer, which then keeps none, if the codec wants it and the optimizer has one that can be taken."""
+    found = replica.ctx.facts.momentum
+    if found is None or not parse(compress).takes_momentum:
+        return None
+    for group in replica.optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (0.0, group["betas"][1])
+        else:
+            group["momentum"] = 0.0
+    return Momentum(*found)
 
 
 class CompressedArena(Arena):
     """``state`` is the same on all ranks after an exchange; ``own_state`` is what each rank holds back for itself."""
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], link: Link, spec: Spec, *, seed: int, momentum: float = 0.0
+        self,
+        params: Mapping[str, nn.Parameter],
+        link: Link,
+        spec: Spec,
+        *,
+        seed: int,
+        momentum: Momentum | None,
+        warmup: int,
     ) -> None:
         large = {n: p for n, p in params.items() if is_compressed(p.shape, p.numel())}
         super().__init__(params, link, first=large)
@@ -60,7 +80,12 @@ class CompressedArena(Arena):
         self.feedbacks: list[Plain] = []
         for flat in self.buffers[: len({p.dtype for p in large.values()})]:
             segments = [(n, p.shape) for n, p in large.items() if p.dtype == flat.dtype]
-            self.feedbacks.append(build(spec, segments, flat, seed=key_int(seed, "codec"), momentum=momentum))
+            self.feedbacks.append(
+                build(spec, segments, flat, seed=key_int(seed, "codec"), momentum=momentum, warmup=warmup)
+            )
+        #: of what travels whole: its momentum is taken after the exchange, where the optimizer would have
+        self.whole = [flat for flat in self.buffers[len(self.feedbacks) :] if momentum is not None]
+        self.moments = [RunningMomentum(momentum, flat) for flat in self.whole if momentum is not None]
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         waiting = [*self.buffers[len(self.feedbacks) :], *beside]
@@ -71,6 +96,8 @@ class CompressedArena(Arena):
             waiting = carry_out(feedback.exchange(flat, keys, link.world), link, waiting)
         if waiting:
             link.all_reduce(waiting)
+        for moment, flat in zip(self.moments, self.whole, strict=True):
+            moment(flat)
 
     def take_back(self, names: Iterable[str]) -> None:
         for name in set(names) & self.first:
@@ -79,7 +106,8 @@ class CompressedArena(Arena):
                     feedback.take_back(name, self.views[name] / self.link.world)
 
     def state(self) -> dict[str, Any]:
-        return {f"{k}": feedback.state_dict() for k, feedback in enumerate(self.feedbacks)}
+        state: dict[str, Any] = {f"{k}": feedback.state_dict() for k, feedback in enumerate(self.feedbacks)}
+        return state | {"moments": {f"{k}": moment.state_dict() for k, moment in enumerate(self.moments)}}
 
     def own_state(self) -> dict[str, Any]:
         return {f"{k}": feedback.own_state_dict() for k, feedback in enumerate(self.feedbacks)}
@@ -90,9 +118,11 @@ class CompressedArena(Arena):
         if resume.world == self.link.world:
             own = resume.parts[part_of(self.link.rank)][STATE]
         else:
-            own = _share([part[STATE] for part in resume.parts.values()], self.link.world)
+            own = shared_out([part[STATE] for part in resume.parts.values()], self.link.world)
         for k, feedback in enumerate(self.feedbacks):
             feedback.load_state_dict(state[f"{k}"], own[f"{k}"])
+        for k, moment in enumerate(self.moments):
+            moment.load_state_dict(state["moments"][f"{k}"])
 
 
 def carry_out(exchanging: Exchanging, link: Link, beside: list[Tensor]) -> list[Tensor]:
@@ -112,28 +142,42 @@ def carry_out(exchanging: Exchanging, link: Link, beside: list[Tensor]) -> list[
             return beside
 
 
-def _share(states: Sequence[Any], world: int) -> Any:
+def shared_out(states: Sequence[Any], world: int) -> Any:
     """The states' sum / world, leaf by leaf."""
     first = states[0]
     if isinstance(first, Mapping):
-        return {key: _share([state[key] for state in states], world) for key in first}
+        return {key: shared_out([state[key] for state in states], world) for key in first}
     return torch.stack(list(states)).sum(0) / world
 
 
-def bytes_per_exchange(facts: Facts, compress: str) -> tuple[list[int], list[int]]:
-    """(bytes of each sum, bytes of each gather) of one exchange; with the first sum travels what is not compressed."""
+def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int) -> list[int]:
+    """Of each exchange that the codec asks for, over ``steps`` of which the first fifth is a sparsifier's warm-up (0: none)."""
+    if not isinstance(codec, Sparsifier) or not (warmup := steps // WARMUP_SHARE):
+        return codec.sums(numel, itemsize)
+    final, ratios = codec.ratio, [warm_ratio(codec.ratio, k, warmup) for k in range(0, warmup, -(-warmup // 100))]
+    sizes = []
+    for codec.ratio in ratios:
+        sizes.append(codec.nbytes(numel, itemsize))
+    codec.ratio = final
+    warm = sum(sizes) / len(sizes)
+    return [round((warm * warmup + codec.nbytes(numel, itemsize) * (steps - warmup)) / steps)]
+
+
+def bytes_per_exchange(facts: Facts, compress: str, steps: int) -> tuple[list[int], list[int]]:
+    """(bytes of each sum, bytes of each gather) of one exchange; with the first sum travels what is not compressed.
+
+    ``steps``: of the run, if a sparsifier warms up in them; else 0.
+    """
     trained = [p for p in facts.params if p.trainable and not p.sparse]
     large = [p for p in trained if is_compressed(p.shape, torch.Size(p.shape).numel())]
-    sums, gathered = [0], []
+    sums: list[int] = [0]
+    gathered: list[int] = []
     for dtype in dict.fromkeys(p.dtype for p in large):
         segments = [(p.name, torch.Size(p.shape)) for p in large if p.dtype == dtype]
         codec = build_codec(parse(compress), segments)
         numel = sum(shape.numel() for _, shape in segments)
         itemsize: int = getattr(torch, dtype).itemsize
-        if codec.linear:
-            sums += codec.sums(numel, itemsize)
-        else:
-            gathered.append(codec.nbytes(numel, itemsize))
+        (sums if codec.linear else gathered).extend(mean_bytes(codec, numel, itemsize, steps))
     sums[:2] = [sum(sums[:2])]
     sums[0] += sum(p.nbytes for p in trained) - sum(p.nbytes for p in large)
     return sums, gathered

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weft.codecs.spec import NONE, WARMUP_SHARE
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
@@ -55,9 +56,7 @@ class Running:
 class JoinedMean(Exchange):
     """Of all ranks of ``link``, who are the workers ``ranks``: of the whole world, or of one island in it."""
 
-    def __init__(
-        self, replica: Replica, link: Link, ranks: Sequence[int] | None = None, compress: str = "none"
-    ) -> None:
+    def __init__(self, replica: Replica, link: Link, ranks: Sequence[int] | None = None, compress: str = NONE) -> None:
         self.replica, self.link = replica, link
         self.ranks = ranks or range(link.world)
         self.position = {name: k for k, name in enumerate(replica.params)}
@@ -65,11 +64,10 @@ class JoinedMean(Exchange):
         if link.world == 1:
             return
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
-        seed, momentum = replica.seed, 0.0
-        if compress.startswith("dgc"):
-            momentum = take_momentum(replica.optimizer, replica.ctx.facts.plain_momentum or 0.0)
-        self.arena = make_arena(dense, link, compress, seed=seed, momentum=momentum)
-        if compress != "none":
+        momentum = take_momentum(replica, compress) if compress != NONE else None
+        warmup = replica.ctx.total_steps // WARMUP_SHARE
+        self.arena = make_arena(dense, link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
+        if compress != NONE:
             self.writers = range(link.world)
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)

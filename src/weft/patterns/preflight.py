@@ -117,20 +117,27 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         owned=data.owned,
         rate_drops_at=drop,
         optimizer=type(optimizer).__name__,
-        plain_momentum=plain_momentum(optimizer),
+        momentum=plain_momentum(optimizer) if not sparse else None,
     )
     pattern.check(facts, config)
     return facts
 
 
-def plain_momentum(optimizer: torch.optim.Optimizer) -> float | None:
-    """Of an SGD with one momentum for all parameters, and nothing more about it; None of any other optimizer."""
-    if type(optimizer) is not torch.optim.SGD:
-        return None
+def plain_momentum(optimizer: torch.optim.Optimizer) -> tuple[float, bool] | None:
+    """(factor, whether it is a running mean) of the first moment, if it is the same for all parameters and could as well be taken
+    of the gradients beforehand: SGD's, Adam's, AdamW's without more to it. None of any other optimizer."""
     groups = optimizer.param_groups
-    if len({group["momentum"] for group in groups}) > 1 or any(g["nesterov"] or g["dampening"] for g in groups):
+    if type(optimizer) is torch.optim.SGD:
+        factors = {group["momentum"] for group in groups}
+        more = any(g["nesterov"] or g["dampening"] or (g["weight_decay"] and g["momentum"]) for g in groups)
+    elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        factors = {group["betas"][0] for group in groups}
+        more = any(g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in groups)
+    else:
         return None
-    return float(groups[0]["momentum"])
+    if more or len(factors) > 1 or not 0 < (factor := float(factors.pop())) < 1:
+        return None
+    return factor, type(optimizer) is not torch.optim.SGD
 
 
 def choose_device(asked: str) -> torch.device:

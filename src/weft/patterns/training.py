@@ -61,6 +61,7 @@ class Arena:
             for name, p in members.items():
                 self.views[name] = flat[offset : offset + p.numel()].view(p.shape)
                 offset += p.numel()
+        self.views = {name: self.views[name] for name in params}  # in their order
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         """The sum over ranks, of ``beside`` too, in one exchange: the run's ``number``-th."""
