@@ -96,13 +96,15 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
 
-    say(f"{where['cpu']}, torch {where['torch']}, one thread, {NUMEL:,} float32; GB/s of float32; median [least..greatest]")
+    say(
+        f"{where['cpu']}, torch {where['torch']}, one thread, {NUMEL:,} float32; GB/s of float32; median [least..greatest]"
+    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUMEL, generator=generator) * torch.rand(NUMEL, generator=generator) ** 3
     out = torch.zeros(NUMEL)
     for text in SPECS:
         codec = build_codec(parse(text), [("w", torch.Size((SIDE, SIDE)))])
-        keys = Keys(1, 2)
+        keys = Keys(1, 2, 0)
         payload = codec.encode(x, keys).clone()
         PLAIN[text](x)
         ours, plain, decode = [], [], []
@@ -114,7 +116,9 @@ def main() -> None:
         gain = ratio(Sample(plain), Sample(ours))
         wanted = f" (wanted {WANTED[text]})" if text in WANTED else ""
         share = codec.nbytes(NUMEL) / (4 * NUMEL)
-        say(f"{text:12} encode {speed.text()}{wanted}, decode and add {back.text()}, plain / ours {gain.text()}; {share:.2%} of the bytes")
+        say(
+            f"{text:12} encode {speed.text()}{wanted}, decode and add {back.text()}, plain / ours {gain.text()}; {share:.2%} of the bytes"
+        )
         name = text.partition(":")[0]
         figures |= {
             f"{name}_GBps": round(speed.median, 2),

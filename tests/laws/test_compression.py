@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import weft
 from weft import AllReduce, LocalSGD
+from weft.codecs import spec
 from weft.compare import final_parameters
 from weft.errors import ConfigError, Incompatible, MemberFailed, UnknownName
 from weft.events import read_events
@@ -29,7 +30,7 @@ BIASED = ["int8", "sign", "topk:0.05", "dgc:0.05", "randomk:0.25", "blocks:0.5",
 
 @pytest.fixture
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "MIN_NUMEL", 2)
+    monkeypatch.setattr(spec, "MIN_NUMEL", 2)
 
 
 def parameters(result_dir: Path) -> dict[str, Tensor]:
@@ -192,6 +193,13 @@ def test_counted_bytes_of_meetings_are_the_planned_ones(tmp_path: Path) -> None:
     result = weft.run("digits-mlp", pattern, "inprocess", workers=3, steps=9, batch=30, run_dir=tmp_path / "run")
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert result.bytes_sent == pytest.approx(27 * plan["links"][0]["bytes_per_step"], rel=0.05)
+
+
+def test_the_plan_says_where_there_is_nothing_to_compress(tmp_path: Path) -> None:
+    weft.run(Regression(), AllReduce(compress="int8"), "inprocess", workers=2, steps=2, run_dir=tmp_path / "small")
+    assert "no tensor of this model is large enough" in (tmp_path / "small" / "plan.json").read_text()
+    weft.run("digits-mlp", AllReduce(compress="int8"), "inprocess", workers=1, steps=2, run_dir=tmp_path / "alone")
+    assert "nothing is compressed" in (tmp_path / "alone" / "plan.json").read_text()
 
 
 # -- refusals

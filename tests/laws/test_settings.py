@@ -51,12 +51,13 @@ CHANGES: dict[str, Any] = {
 NOT_SETTINGS = {"task", "pattern", "pattern_options"}
 
 PATTERN_CHANGES = {
-    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"},
+    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16", "compress": "int8"},
     "localsgd": {
         "every": 2,
         "outer": "diloco",
         "start": 3,
         "island": 2,
+        "compress": "int8",
         "within": {"clip_norm": "0.01"},
     },
 }

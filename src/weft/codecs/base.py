@@ -12,15 +12,25 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Keys(NamedTuple):
-    """Of one exchange: ``shared`` is the same number on every rank, ``own`` differs. 63 bits each."""
+    """Randomness of exchange ``number`` of a run: of ``rank`` alone, or the same on all ranks."""
 
-    shared: int
-    own: int
+    seed: int
+    number: int
+    rank: int
+
+    def own(self) -> int:
+        """64 bits."""
+        return int(np.random.SeedSequence([self.seed, self.number, 1 + self.rank]).generate_state(1, np.uint64)[0])
+
+    def shared(self, exchanges: int = 1) -> np.random.Generator:
+        """Anew every so many exchanges."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.number // exchanges])))
 
 
 @dataclass
@@ -61,7 +71,7 @@ class Codec(ABC):
 
     @abstractmethod
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
-        """``out += alpha * decoded``; ``keys`` are those of the encoding, of which only ``shared`` may be used."""
+        """``out += alpha * decoded``; ``keys`` are those of the encoding, but for the rank."""
 
     @abstractmethod
     def nbytes(self, numel: int, itemsize: int = 4) -> int:

@@ -100,7 +100,7 @@ class Qsgd(Blocks):
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
         payload, work = self.payload(len(x), x.device), self.work(x)
         scales, codes = self.parts(payload, len(x))
-        generator = torch.Generator(x.device).manual_seed(keys.own)
+        generator = torch.Generator(x.device).manual_seed(keys.own() >> 1)
         noise = self.scratch("noise", len(work), x.dtype, x.device)
         for values, blocks, width in self.pieces(len(x)):
             size = values.stop - values.start
@@ -139,7 +139,7 @@ class Sign(Blocks):
 
     name = "sign"
 
-    def __init__(self, block: int = 4096) -> None:
+    def __init__(self, block: int = 1024) -> None:
         super().__init__(block, 1)
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:

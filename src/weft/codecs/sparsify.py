@@ -132,7 +132,8 @@ def _largest_on_device(x: Tensor, k: int) -> Tensor:
 
 
 class RandomK(Sparsifier):
-    """Of each of ceil(ratio * numel) equal stretches one value, anywhere in it (Stich et al. 2018)."""
+    """Of each of ceil(ratio * numel) equal stretches one value (Stich et al. 2018), beginning anywhere in it and going round: so
+    that all are sent in turn, and what waits does not wait long."""
 
     name = "randomk"
     linear = True
@@ -144,27 +145,34 @@ class RandomK(Sparsifier):
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return num_kept(self.ratio, numel) * itemsize
 
-    def _chosen(self, numel: int, shared: int, device: torch.device) -> Tensor:
+    def _chosen(self, numel: int, keys: Keys, device: torch.device) -> Tensor:
         k = num_kept(self.ratio, numel)
-        bounds = np.arange(k + 1) * numel // max(k, 1)
-        offsets = (np.random.Generator(np.random.Philox(shared)).random(k) * np.diff(bounds)).astype(np.int64)
-        return torch.from_numpy(bounds[:-1] + offsets).to(device)
+        if not k:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        bounds = np.arange(k + 1) * numel // k
+        sizes = np.diff(bounds)
+        turn = int(sizes.max())
+        begin = keys.shared(turn).random(k) * sizes
+        return torch.from_numpy(bounds[:-1] + (begin.astype(np.int64) + keys.number % turn) % sizes).to(device)
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
         payload = self._scratch("payload", num_kept(self.ratio, len(x)), x.dtype, x.device)
-        return torch.index_select(x, 0, self._chosen(len(x), keys.shared, x.device), out=payload)
+        return torch.index_select(x, 0, self._chosen(len(x), keys, x.device), out=payload)
 
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
-        out.index_add_(0, self._chosen(len(out), keys.shared, out.device), payload, alpha=alpha)
+        out.index_add_(0, self._chosen(len(out), keys, out.device), payload, alpha=alpha)
 
 
 class RandomBlocks(Sparsifier):
-    """Whole blocks of neighbours, ceil(ratio * blocks) of them: nothing else is read, so it is far the quickest."""
+    """Whole blocks of neighbours, ceil(ratio * blocks) of them: nothing else is read, so it is far the quickest.
+
+    All are sent in turn, in an order that is drawn anew when all were.
+    """
 
     name = "blocks"
     linear = True
 
-    def __init__(self, ratio: float, block: int = 1024) -> None:
+    def __init__(self, ratio: float, block: int = 256) -> None:
         self.ratio, self.block = ratio, block
         self._scratch = Scratch()
 
@@ -174,13 +182,17 @@ class RandomBlocks(Sparsifier):
     def _num_chosen(self, numel: int) -> int:
         return num_kept(self.ratio, -(-numel // self.block))
 
-    def _chosen(self, numel: int, shared: int) -> Indices:
-        total = -(-numel // self.block)
-        generator = np.random.Generator(np.random.Philox(shared))
-        return np.sort(generator.choice(total, self._num_chosen(numel), replace=False, shuffle=False))
+    def _chosen(self, numel: int, keys: Keys) -> Indices:
+        total, m = -(-numel // self.block), self._num_chosen(numel)
+        if not m:
+            return np.empty(0, np.int64)
+        turn = -(-total // m)
+        order = keys.shared(turn).permutation(total)
+        first = keys.number % turn * m
+        return np.sort(np.take(order, range(first, first + m), mode="wrap"))
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
-        chosen = self._chosen(len(x), keys.shared)
+        chosen = self._chosen(len(x), keys)
         payload = self._scratch("payload", len(chosen) * self.block, x.dtype, x.device)
         whole = len(x) // self.block
         inside = torch.from_numpy(chosen[chosen < whole]).to(x.device)
@@ -191,7 +203,7 @@ class RandomBlocks(Sparsifier):
         return payload
 
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
-        chosen = self._chosen(len(out), keys.shared)
+        chosen = self._chosen(len(out), keys)
         whole = len(out) // self.block
         inside = torch.from_numpy(chosen[chosen < whole]).to(out.device)
         rows = payload.view(-1, self.block)

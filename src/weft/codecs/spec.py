@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,14 @@ class Spec:
 
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
+
+
+#: Norms, biases and other small tensors are a thousandth of the bytes and much of the training: they travel whole.
+MIN_NUMEL = 1024
+
+
+def is_compressed(shape: Sequence[int]) -> bool:
+    return len(shape) >= 2 and math.prod(shape) >= MIN_NUMEL
 
 
 WARM_RATIO = 0.25

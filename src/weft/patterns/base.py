@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from weft.codecs.spec import parse
+from weft.codecs.spec import is_compressed, parse
 from weft.comm.link import WORLD
 from weft.cost import all_gather_bytes
 from weft.data.shards import Index
@@ -273,6 +273,8 @@ def compression_notes(compress: str, workers: int, facts: Facts | None = None) -
     if workers == 1:
         return [f"compress={compress}: one worker sends nothing, so nothing is compressed"]
     spec = parse(compress)
+    if facts is not None and not any(is_compressed(p.shape) for p in facts.params if p.trainable and not p.sparse):
+        return [f"compress={compress}: no tensor of this model is large enough to be compressed, so all travel whole"]
     if facts is not None and spec.takes_momentum:
         if facts.momentum is None:
             return [

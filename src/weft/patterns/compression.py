@@ -1,8 +1,4 @@
-"""An arena whose exchange is compressed: large tensors through a codec with feedback, small ones whole.
-
-Norms, biases and other tensors of fewer than two dims or 1024 values are a thousandth of the bytes and much of the training;
-they travel beside what must be exact.
-"""
+"""An arena whose exchange is compressed: large tensors through a codec with feedback, small ones whole."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from weft.codecs.base import Codec, Exchanging, Gather, Keys, Sum
 from weft.codecs.build import build, build_codec
 from weft.codecs.feedback import Momentum, Plain, RunningMomentum
 from weft.codecs.sparsify import Sparsifier
-from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, parse, warm_ratio
+from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, is_compressed, parse, warm_ratio
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
@@ -25,12 +21,7 @@ from weft.patterns.training import Arena, Replica
 if TYPE_CHECKING:
     from weft.patterns.base import Facts, Resume
 
-MIN_NUMEL = 1024
 STATE = "compress"
-
-
-def is_compressed(shape: Sequence[int], numel: int) -> bool:
-    return len(shape) >= 2 and numel >= MIN_NUMEL
 
 
 def make_arena(
@@ -74,7 +65,7 @@ class CompressedArena(Arena):
         momentum: Momentum | None,
         warmup: int,
     ) -> None:
-        large = {n: p for n, p in params.items() if is_compressed(p.shape, p.numel())}
+        large = {n: p for n, p in params.items() if is_compressed(p.shape)}
         super().__init__(params, link, first=large)
         self.link, self.seed = link, seed
         self.feedbacks: list[Plain] = []
@@ -90,9 +81,7 @@ class CompressedArena(Arena):
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         waiting = [*self.buffers[len(self.feedbacks) :], *beside]
         for k, (feedback, flat) in enumerate(zip(self.feedbacks, self.buffers, strict=False)):
-            keys = Keys(
-                key_int(self.seed, "codec", number, k), key_int(self.seed, "codec", number, k, "rank", link.rank)
-            )
+            keys = Keys(key_int(self.seed, "codec", k), number, link.rank)
             waiting = carry_out(feedback.exchange(flat, keys, link.world), link, waiting)
         if waiting:
             link.all_reduce(waiting)
@@ -169,7 +158,7 @@ def bytes_per_exchange(facts: Facts, compress: str, steps: int) -> tuple[list[in
     ``steps``: of the run, if a sparsifier warms up in them; else 0.
     """
     trained = [p for p in facts.params if p.trainable and not p.sparse]
-    large = [p for p in trained if is_compressed(p.shape, torch.Size(p.shape).numel())]
+    large = [p for p in trained if is_compressed(p.shape)]
     sums: list[int] = [0]
     gathered: list[int] = []
     for dtype in dict.fromkeys(p.dtype for p in large):
