@@ -398,6 +398,11 @@ def test_the_ratio_falls_over_the_warm_up() -> None:
 # -- what users write
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_told_without_torch_is_so(spec: str) -> None:
+    assert CODECS[parse(spec).name].biased == make(spec, 4).biased
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -195,6 +195,26 @@ def test_counted_bytes_of_meetings_are_the_planned_ones(tmp_path: Path) -> None:
     assert result.bytes_sent == pytest.approx(27 * plan["links"][0]["bytes_per_step"], rel=0.05)
 
 
+@pytest.mark.parametrize(("compress", "copies"), [("topk:0.1", 2), ("int8", 1), ("bf16", 0)])
+def test_the_plan_counts_what_is_kept(tmp_path: Path, compress: str, copies: int) -> None:
+    """The residual and the momentum of the large tensors: the arena's own, by its buffers."""
+    held: list[Any] = []
+
+    class Watched(compression.CompressedArena):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            held.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compression, "CompressedArena", Watched)
+        pattern = AllReduce(compress=compress)
+        weft.run("digits-mlp", pattern, "inprocess", workers=2, steps=2, run_dir=tmp_path / "run")
+    state = held[0].own_state()["0"]
+    kept = sum(t.nbytes for tensors in state.values() for t in tensors.values())
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["members"][0]["memory"]["error feedback"] == kept == copies * held[0].buffers[0].nbytes
+
+
 def test_the_plan_says_where_there_is_nothing_to_compress(tmp_path: Path) -> None:
     weft.run(Regression(), AllReduce(compress="int8"), "inprocess", workers=2, steps=2, run_dir=tmp_path / "small")
     assert "no tensor of this model is large enough" in (tmp_path / "small" / "plan.json").read_text()

@@ -25,7 +25,8 @@ class Argument:
 class Choice:
     doc: str
     arguments: tuple[Argument, ...] = ()
-    wants_momentum: bool = False  # as the codec's own
+    wants_momentum: bool = False  # it does better on momentum than on gradients (feedback.MomentumCorrection)
+    biased: bool = True  # as the codec's own: it needs error feedback
 
     def usage(self, name: str) -> str:
         return name + "".join(
@@ -35,12 +36,13 @@ class Choice:
 
 RATIO = Argument("ratio", "more than 0 and at most 1", float, lambda r: 0 < r <= 1)
 CODECS: dict[str, Choice] = {
-    "bf16": Choice("bfloat16 on the wire: half the bytes"),
-    "fp16": Choice("float16 on the wire: half the bytes; overflows beyond 65504"),
+    "bf16": Choice("bfloat16 on the wire: half the bytes", biased=False),
+    "fp16": Choice("float16 on the wire: half the bytes; overflows beyond 65504", biased=False),
     "int8": Choice("8 bits a value, scaled in blocks of 1024"),
     "qsgd": Choice(
         "rounded at random to LEVELS (127), without bias; 4 bits a value for 7 levels and fewer",
         (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
+        biased=False,
     ),
     "sign": Choice("1 bit a value, times the block's mean magnitude", wants_momentum=True),
     "topk": Choice(

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Context, Facts, Pattern, Role, compressed_bytes, compression_notes, tail_numel
+from weft.patterns.base import (
+    Context,
+    Facts,
+    Pattern,
+    Role,
+    compressed_bytes,
+    compression_notes,
+    feedback_bytes,
+    tail_numel,
+)
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
@@ -112,7 +121,9 @@ class AllReduce(Pattern):
 
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         copies = 1 if workers == 1 else 2  # autograd's and the arena's
-        return {
+        compressed = self.compress != NONE and workers > 1
+        kept = {"error feedback": feedback_bytes(facts, self.compress)} if compressed else {}
+        return kept | {
             "parameters": sum(p.nbytes for p in facts.params),
             "gradients": copies * sum(p.nbytes for p in facts.params if p.trainable),
             "optimizer": facts.optimizer_bytes,

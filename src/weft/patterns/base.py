@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from weft.codecs.spec import is_compressed, parse
+from weft.codecs.spec import CODECS, is_compressed, parse
 from weft.comm.link import WORLD
 from weft.cost import all_gather_bytes
 from weft.data.shards import Index
@@ -283,3 +283,11 @@ def compression_notes(compress: str, workers: int, facts: Facts | None = None) -
             ]
         return [f"{facts.optimizer}'s momentum of {facts.momentum[0]:g} is taken before {spec.name}, and not after it"]
     return []
+
+
+def feedback_bytes(facts: Facts, compress: str) -> int:
+    """What a worker keeps of what a codec left out, and of a momentum taken before it."""
+    spec = parse(compress)
+    large = sum(p.nbytes for p in facts.params if p.trainable and not p.sparse and is_compressed(p.shape))
+    takes = spec.takes_momentum and facts.momentum is not None
+    return large * (int(CODECS[spec.name].biased) + int(takes))

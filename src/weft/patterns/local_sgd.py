@@ -22,7 +22,17 @@ from weft.codecs.spec import NONE, parse, usages
 from weft.comm.link import WORLD
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
-from weft.patterns.base import Context, Facts, Group, Pattern, Role, compressed_bytes, compression_notes, own_rows_numel
+from weft.patterns.base import (
+    Context,
+    Facts,
+    Group,
+    Pattern,
+    Role,
+    compressed_bytes,
+    compression_notes,
+    feedback_bytes,
+    own_rows_numel,
+)
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -208,6 +218,8 @@ class LocalSGD(Pattern):
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         result = self.within.memory(facts, self.island)
         trained = sum(p.nbytes for p in facts.params if p.trainable)
+        if self.compress != NONE and workers > 1:
+            result["error feedback"] = feedback_bytes(msgspec.structs.replace(facts, momentum=None), self.compress)
         if self.start and workers > 1:
             result["gradients"] += trained  # an arena of all workers, beside that of the island
         return result | {"last meeting": trained * (3 if self.outer.momentum else 2)}  # where from, delta, momentum
