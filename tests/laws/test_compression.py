@@ -20,6 +20,7 @@ from weft.compare import final_parameters
 from weft.errors import ConfigError, Incompatible, MemberFailed, UnknownName
 from weft.events import read_events
 from weft.patterns import compression
+from weft.resilience import checkpoint
 from weft.testing import kill
 
 STEPS = 12
@@ -145,14 +146,25 @@ def test_a_killed_run_comes_back_bit_for_bit(tmp_path: Path, pattern: weft.Patte
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("world", [1, 2])
-def test_another_world_goes_on_with_what_was_left(tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (3, 1), (1, 3)])
+def test_another_world_goes_on_with_what_was_left(tmp_path: Path, before: int, after: int) -> None:
+    """The momentum is the codec's where there is somebody to send to, and else the optimizer's."""
     pattern = AllReduce(compress="topk:0.01")
-    settings: dict[str, Any] = {"workers": 3, "steps": 24, "batch": 60, "save_every": 8, "run_dir": tmp_path / "run"}
+    settings: dict[str, Any] = {
+        "workers": before,
+        "steps": 24,
+        "batch": 60,
+        "save_every": 8,
+        "run_dir": tmp_path / "run",
+    }
     with pytest.raises(MemberFailed):
-        weft.run("digits-mlp", pattern, faults=[kill(rank=1, step=19)], **settings)
-    result = weft.resume(tmp_path / "run", workers=world)
-    assert (result.steps, result.world) == (24, world)
+        weft.run("digits-mlp", pattern, faults=[kill(rank=before - 1, step=19)], **settings)
+    result = weft.resume(tmp_path / "run", workers=after)
+    assert (result.steps, result.world) == (24, after)
+    found, _ = checkpoint.newest_good(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    (group,) = found.parts["worker-0"]["optimizer"]["param_groups"]
+    assert group["momentum"] == (0.9 if after == 1 else 0.0)
 
 
 def test_what_was_left_is_shared_out_whole() -> None:

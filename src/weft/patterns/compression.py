@@ -44,12 +44,22 @@ def take_momentum(replica: Replica, compress: str) -> Momentum | None:
     found = replica.ctx.facts.momentum
     if found is None or not parse(compress).takes_momentum:
         return None
-    for group in replica.optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = (0.0, group["betas"][1])
-        else:
-            group["momentum"] = 0.0
+    set_momentum(replica.optimizer, 0.0)
     return Momentum(*found)
+
+
+def give_momentum_back(replica: Replica, compress: str) -> None:
+    """To an optimizer that comes from a checkpoint of several workers, and now works alone."""
+    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum:
+        set_momentum(replica.optimizer, found[0])
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (factor, group["betas"][1])
+        else:
+            group["momentum"] = factor
 
 
 class CompressedArena(Arena):
@@ -103,7 +113,8 @@ class CompressedArena(Arena):
 
     def load(self, resume: Resume) -> None:
         """In another world every rank takes an equal share of what all had held back, so that nothing of it is lost."""
-        state = resume.parts[FIRST_PART]["exchange"][STATE]
+        if (state := resume.parts[FIRST_PART]["exchange"].get(STATE)) is None:
+            return  # of a world of one: nothing was compressed, and nothing waits
         if resume.world == self.link.world:
             own = resume.parts[part_of(self.link.rank)][STATE]
         else:

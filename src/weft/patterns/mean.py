@@ -17,7 +17,7 @@ from weft.codecs.spec import NONE, WARMUP_SHARE
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
-from weft.patterns.compression import STATE, make_arena, take_momentum
+from weft.patterns.compression import STATE, give_momentum_back, make_arena, take_momentum
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
@@ -61,6 +61,7 @@ class JoinedMean(Exchange):
         self.ranks = ranks or range(link.world)
         self.position = {name: k for k, name in enumerate(replica.params)}
         self.arena: Arena | None = None
+        self.compress = compress
         if link.world == 1:
             return
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
@@ -177,6 +178,8 @@ class JoinedMean(Exchange):
     def load(self, resume: Resume) -> None:
         if self.arena is not None:
             self.arena.load(resume)
+        elif self.compress != NONE:
+            give_momentum_back(self.replica, self.compress)
 
     def _gather(self, rows: Rows, correction: float) -> Rows:
         indices: Tensor = torch.cat(self.link.all_gather(rows.indices))
