@@ -14,10 +14,13 @@ def ring_all_reduce_bytes(nbytes: int, world: int) -> int:
 
 def all_gather_bytes(carrier: str, nbytes: int, world: int) -> int:
     """What one of ``world`` members sends so that all get its ``nbytes``, if all have as many."""
-    if carrier in ("gloo", "nccl"):
-        inline = nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES
-        return (world - 1) * (SLOT_BYTES + (0 if inline else nbytes))
-    return (world - 1) * nbytes
+    nbytes_sent = (world - 1) * nbytes
+    return _after_slots(nbytes, nbytes_sent, world) if carrier in ("gloo", "nccl") else nbytes_sent
+
+
+def _after_slots(nbytes: int, then: int, world: int) -> int:
+    """What torch.distributed sends: slots, and ``then`` so many bytes if ``nbytes`` do not fit into a slot."""
+    return (world - 1) * SLOT_BYTES + (0 if nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES else then)
 
 
 def all_reduce_bytes(carrier: str, nbytes: int, world: int) -> int:
@@ -25,8 +28,7 @@ def all_reduce_bytes(carrier: str, nbytes: int, world: int) -> int:
     if world == 1:
         return 0
     if carrier in ("gloo", "nccl"):
-        inline = nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES
-        return (world - 1) * SLOT_BYTES + (0 if inline else ring_all_reduce_bytes(nbytes, world))
+        return _after_slots(nbytes, ring_all_reduce_bytes(nbytes, world), world)
     if carrier in ("tcp", "inproc") and nbytes <= SMALL_BYTES:
         return (world - 1) * nbytes
     return ring_all_reduce_bytes(nbytes, world)

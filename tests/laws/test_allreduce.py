@@ -264,7 +264,7 @@ def test_held_out_loss_is_of_the_whole_set(tmp_path: Path, workers: int) -> None
 
 @pytest.mark.parametrize(
     ("workers", "link"),
-    [(2, "shm"), (3, "tcp"), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(3, "shm"), (2, "gloo")])],
+    rest_slow([(2, "shm"), (3, "tcp"), (3, "shm"), (2, "gloo")], keep=2),
 )
 @pytest.mark.multiprocess
 def test_counted_bytes_are_the_planned_ones(tmp_path: Path, workers: int, link: str) -> None:

@@ -59,8 +59,6 @@ class Codec(ABC):
     linear: ClassVar[bool] = False
     #: what encode(x) leaves out of x, it would leave out for ever: of no use without error feedback
     biased: ClassVar[bool] = True
-    #: it leaves values out, which then wait; else it sends all of them, coarsely
-    sparse: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, x: Tensor, keys: Keys) -> Tensor:

@@ -123,12 +123,12 @@ class MomentumCorrection(ErrorFeedback):
         self.final_ratio = codec.ratio if isinstance(codec, Sparsifier) else 1.0
 
     def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
-        if isinstance(self.codec, Sparsifier):
-            self.codec.ratio = warm_ratio(self.final_ratio, self.momentum.steps, self.warmup)
+        past = self.momentum.steps
         self.momentum(x)
-        if not self.codec.sparse:
+        if not isinstance(self.codec, Sparsifier):
             yield from super().exchange(x, keys, world)
             return
+        self.codec.ratio = warm_ratio(self.final_ratio, past, self.warmup)
         waited = self.residual != 0
         before = self.residual + x
         yield from super().exchange(x, keys, world)

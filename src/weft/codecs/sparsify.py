@@ -27,9 +27,8 @@ def num_kept(ratio: float, numel: int) -> int:
 
 
 class Sparsifier(Codec):
-    """``ratio`` may change from one exchange to the next, on all ranks alike."""
+    """It leaves values out, which then wait. ``ratio`` may change from one exchange to the next, on all ranks alike."""
 
-    sparse = True
     ratio: float
 
 

@@ -54,7 +54,7 @@ CODECS: dict[str, Choice] = {
         "topk, but refused where no momentum can be taken before it (Deep Gradient Compression)", (RATIO,), True
     ),
     "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), True),
-    "blocks": Choice("a RATIO of blocks of 1024 values at random", (RATIO,), True),
+    "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), True),
     "powersgd": Choice(
         "each matrix as a product of two of rank RANK", (Argument("rank", "1 or more", int, lambda n: n >= 1),)
     ),

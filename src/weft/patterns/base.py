@@ -285,9 +285,9 @@ def compression_notes(compress: str, workers: int, facts: Facts | None = None) -
     return []
 
 
-def feedback_bytes(facts: Facts, compress: str) -> int:
-    """What a worker keeps of what a codec left out, and of a momentum taken before it."""
+def feedback_bytes(facts: Facts, compress: str, of_gradients: bool = True) -> int:
+    """What a worker keeps of what a codec left out and, of gradients, of a momentum taken before it."""
     spec = parse(compress)
     large = sum(p.nbytes for p in facts.params if p.trainable and not p.sparse and is_compressed(p.shape))
-    takes = spec.takes_momentum and facts.momentum is not None
+    takes = of_gradients and spec.takes_momentum and facts.momentum is not None
     return large * (int(CODECS[spec.name].biased) + int(takes))

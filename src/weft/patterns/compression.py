@@ -84,18 +84,18 @@ class CompressedArena(Arena):
             self.feedbacks.append(
                 build(spec, segments, flat, seed=key_int(seed, "codec"), momentum=momentum, warmup=warmup)
             )
-        #: of what travels whole: its momentum is taken after the exchange, where the optimizer would have
-        self.whole = [flat for flat in self.buffers[len(self.feedbacks) :] if momentum is not None]
-        self.moments = [RunningMomentum(momentum, flat) for flat in self.whole if momentum is not None]
+        #: what is not compressed; its momentum is taken after the exchange, where the optimizer would have
+        self.whole = self.buffers[len(self.feedbacks) :]
+        self.moments = [RunningMomentum(momentum, flat) for flat in self.whole] if momentum is not None else []
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
-        waiting = [*self.buffers[len(self.feedbacks) :], *beside]
+        waiting = [*self.whole, *beside]
         for k, (feedback, flat) in enumerate(zip(self.feedbacks, self.buffers, strict=False)):
             keys = Keys(key_int(self.seed, "codec", k), number, link.rank)
             waiting = carry_out(feedback.exchange(flat, keys, link.world), link, waiting)
         if waiting:
             link.all_reduce(waiting)
-        for moment, flat in zip(self.moments, self.whole, strict=True):
+        for moment, flat in zip(self.moments, self.whole, strict=False):
             moment(flat)
 
     def take_back(self, names: Iterable[str]) -> None:

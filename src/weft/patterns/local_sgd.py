@@ -166,9 +166,7 @@ class LocalSGD(Pattern):
         return result
 
     def writer_for(self, rank: int) -> int:
-        if self.compress != NONE:
-            return rank
-        return rank - rank % self.island
+        return rank if self.compress != NONE else rank - rank % self.island
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         result: list[LinkPlan] = []
@@ -219,7 +217,7 @@ class LocalSGD(Pattern):
         result = self.within.memory(facts, self.island)
         trained = sum(p.nbytes for p in facts.params if p.trainable)
         if self.compress != NONE and workers > 1:
-            result["error feedback"] = feedback_bytes(msgspec.structs.replace(facts, momentum=None), self.compress)
+            result["error feedback"] = feedback_bytes(facts, self.compress, of_gradients=False)
         if self.start and workers > 1:
             result["gradients"] += trained  # an arena of all workers, beside that of the island
         return result | {"last meeting": trained * (3 if self.outer.momentum else 2)}  # where from, delta, momentum

@@ -170,7 +170,7 @@ class JoinedMean(Exchange):
         return Update(entries, sum(self.replica.report.weights), update.version)
 
     def state(self) -> dict[str, Any]:
-        return {STATE: self.arena.state()} if self.arena is not None and self.arena.state() else {}
+        return {STATE: state} if self.arena is not None and (state := self.arena.state()) else {}
 
     def own_state(self) -> dict[str, Any]:
         return {STATE: self.arena.own_state()} if self.arena is not None else {}
