@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 SMALL_BYTES = 64 << 10  # message carriers: up to here latency counts more than bandwidth, and all send to all at once
 SLOT_BYTES = 4096  # torch.distributed: every call begins with a gather of slots that hold signature and small data
 SLOT_HEAD_BYTES = 24
+
+
+class LinkSpeed(NamedTuple):
+    """Of one member's way to another: a message of n bytes takes latency_s + n / bytes_per_s (Hockney's alpha and 1/beta)."""
+
+    latency_s: float
+    bytes_per_s: float
 
 
 def ring_all_reduce_bytes(nbytes: int, world: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weft.comm.link import WORLD
+from weft.cost import LinkSpeed
 from weft.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class LinkSpec:
     store: StoreSpec | None = None
     group: str = WORLD
     members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
+    speed: LinkSpeed | None = None  # of the slowest way between two of them, where it was measured
 
     def rank_of(self, member: int) -> int | None:
         """None if the member is not of this group."""
