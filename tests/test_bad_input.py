@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_a_loss_that_becomes_nan_names_rank_and_step() -> None:
         run(Explodes(), steps=9)
 
 
+def test_a_gradient_that_is_nan_though_the_loss_is_not_is_told_from_a_loss() -> None:
+    class Root(Regression):
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            loss = mean_loss(model, batch)
+            self.calls = getattr(self, "calls", 0) + 1
+            nothing = sum(p.sum() for p in model.parameters()) * 0.0
+            return loss + nothing.sqrt() if self.calls == 6 else loss
+
+    with pytest.raises(
+        MemberFailed, match=r"loss is nan on all ranks at step \d: .* by a gradient of step \d"
+    ) as caught:
+        weft.run(Root(), workers=2, cluster="inprocess", steps=9)
+    found = re.search(r"at step (\d): .* of step (\d)", str(caught.value))
+    assert found is not None
+    assert int(found[1]) == int(found[2]) + 1
+
+
 def test_a_metric_of_some_batches_only_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     class Moody(Regression):
         def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -361,6 +379,19 @@ def test_a_read_only_and_a_full_disk(tmp_path: Path) -> None:
             run(steps=2, run_dir=disk / "run")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux")
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_small_file_system_for_shared_memory_is_no_limit(tmp_path: Path) -> None:
+    """Docker gives 64 MB by default; what ranks share here is larger than the whole of it."""
+    command = f"{sys.executable} -m weft.cli run digits-mlp -t hidden=512 --workers 2 --steps 3 --link shm --run-dir {tmp_path}/run"
+    inside = f"mount -t tmpfs -o size=64k tmpfs /dev/shm && {command}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", inside], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

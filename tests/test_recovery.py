@@ -100,6 +100,12 @@ def test_a_frozen_worker_is_named_after_the_deadline(tmp_path: Path) -> None:
     with pytest.raises(MemberFailed, match="worker 1 failed, last heard of after step 9: DeadlineExceeded") as caught:
         weft.run(**JOB, run_dir=run_dir, deadline_s=3, faults=[freeze(rank=1, step=10)])
     assert caught.value.member == 1
+    title, line, *_, advice = (run_dir / "hang.txt").read_text().split("\n\n")
+    assert title.startswith("worker 1 did not come to call ")
+    assert title.endswith("(step 10), within 3 s")
+    assert "is stopped; its last call was call " in line
+    assert line.endswith("(step 9).")
+    assert "find out who stopped process" in advice
     assert_gone(members(run_dir))
 
 

@@ -66,7 +66,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 CONFIG, DATA, RESULT, EVENTS, PLAN = "config.json", "data.json", "result.json", "events.jsonl", "plan.json"
 CHECKPOINTS, LOGS, SPANS, TENSORBOARD = "checkpoints", "logs", "spans", "tensorboard"
-TRACE, REPORT = "trace.json", "report.html"
+TRACE, REPORT, HANG = "trace.json", "report.html", "hang.txt"
 LOCK = ".lock"
 
 
@@ -79,7 +79,7 @@ FIRST_PART = part_of(0)  # what all workers hold alike
 
 
 class RunFolder:
-    """The folder of one run: config.json, plan.json, data.json (of shards: what was counted), events.jsonl, checkpoints/, logs/, result.json."""
+    """The folder of one run: config.json, plan.json, data.json (of shards: what was counted), events.jsonl, checkpoints/, logs/, result.json; hang.txt if ranks waited for each other in vain."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -99,11 +99,12 @@ class AddressInUse(CommError, ConfigError):
 
 
 class MemberFailed(WeftError):
-    """``member`` is the first that failed; ``cause`` one line; ``traceback`` its own, if it could still speak."""
+    """``member`` is the first that failed; ``cause`` one line; ``traceback`` its own, if it could still speak; ``page``: of a
+    hang, where each rank stood and what it did last."""
 
-    def __init__(self, message: str, *, member: int = -1, cause: str = "", traceback: str = "") -> None:
+    def __init__(self, message: str, *, member: int = -1, cause: str = "", traceback: str = "", page: str = "") -> None:
         super().__init__(message)
-        self.member, self.cause, self.traceback = member, cause, traceback
+        self.member, self.cause, self.traceback, self.page = member, cause, traceback, page
 
 
 class Interrupted(WeftError):

@@ -17,6 +17,7 @@ import torch
 
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
+from weft.comm.last_call import recorder
 from weft.comm.link import WORLD, Link
 from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
@@ -108,6 +109,8 @@ def work(seat: Seat) -> None:
     spans: Spans | None = None
     with contextlib.ExitStack() as at_end:
         links = {name: at_end.enter_context(contextlib.closing(seat.link(name))) for name in names}
+        for name, link in links.items():
+            link.traffic.on_call = recorder(name, seat.note, step=lambda: reporter.step + 1)
         if config.trace:
             clock = measure_clock(links[WORLD], device, local_clock())
             place = Path(job.run_dir) / SPANS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -12,6 +13,7 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -55,3 +57,15 @@ class Usage:
             except Exception:  # no nvidia-ml-py, or a driver or MIG slice that does not tell
                 self._can_tell_load = False
         return values
+
+
+def memory_left() -> int:
+    """Bytes that can still be taken before the kernel has to kill: of this machine, or of the container we are in."""
+    left = int(psutil.virtual_memory().available)
+    try:
+        most = int((CGROUP / "memory.max").read_text())  # "max": no limit
+        given_back = {k: int(v) for k, v in map(str.split, (CGROUP / "memory.stat").read_text().splitlines())}
+        taken = int((CGROUP / "memory.current").read_text()) - given_back.get("inactive_file", 0)
+    except (OSError, ValueError):
+        return left
+    return max(0, min(left, most - taken))

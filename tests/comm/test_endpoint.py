@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
 
 from weft.comm import endpoint as endpoint_module
-from weft.comm import tcp
-from weft.comm.endpoint import Arrival, Endpoint, Joined, Lost
+from weft.comm import tcp, wire
+from weft.comm.endpoint import Arrival, Endpoint, Event, Joined, Lost, Silent
 from weft.comm.inproc import inproc_endpoints
 from weft.comm.tcp import TcpEndpoint, listen
-from weft.comm.wire import HEADER_BYTES, Meta
-from weft.errors import AddressInUse, ConfigError, DeadlineExceeded, PeerLost
+from weft.comm.wire import HEADER_BYTES, Head, Kind, Meta
+from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, PeerLost
 
 DEADLINE_S = 20.0
 
@@ -178,6 +179,63 @@ def test_the_deadline_names_who_is_silent(three: list[Endpoint]) -> None:
         assert caught.value.ranks == (2,)
 
 
+def test_a_server_hears_who_is_silent_and_who_is_not(three: list[Endpoint]) -> None:
+    """Member 1 answers, as it serves itself; member 2 does nothing. Nobody is waited for by name."""
+    server, serving, frozen = three
+    for member in three:
+        member.deadline_s = 0.4
+
+    def serve() -> Event:
+        while True:
+            with suppress(DeadlineExceeded):
+                if not isinstance(event := serving.recv_any(), Silent):
+                    return event
+
+    wait = in_thread(serve)
+    begin = time.monotonic()
+    event = server.recv_any(DEADLINE_S)
+    assert isinstance(event, Silent)
+    assert (event.peer, event.incarnation) == (2, 0)
+    assert 0.4 <= event.seconds <= time.monotonic() - begin + 0.4
+    with pytest.raises(DeadlineExceeded):  # it is told of once
+        server.recv_any(1.0)
+    assert server.peers == (1, 2)
+    frozen.send(0, 1, Meta("back"))
+    assert isinstance(server.recv_any(), Arrival)
+    while not isinstance(event := server.recv_any(DEADLINE_S), Silent):
+        pass
+    assert event.peer == 2, "silent again"
+    server.send(1, 1, Meta("end"))
+    assert isinstance(wait(), Arrival)
+
+
+def test_one_that_was_busy_does_not_take_answers_it_has_not_read_for_silence(three: list[Endpoint]) -> None:
+    server, *others = three
+    for member in three:
+        member.deadline_s = 0.2
+    for _ in range(4):
+        time.sleep(0.3)  # busy: it cannot hear
+        for other in others:
+            other.send(0, 1, Meta("work"))
+        for _ in others:
+            assert isinstance(server.recv_any(DEADLINE_S), Arrival)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    assert isinstance(server.recv_any(), Silent)
+    assert time.monotonic() - begin >= 0.05, "it gave them no time to answer"
+
+
+def test_a_deadline_of_nothing_takes_what_is_there(three: list[Endpoint]) -> None:
+    first, second, _ = three
+    second.send(0, 1, Meta("here"))
+    until = time.monotonic() + DEADLINE_S
+    while True:  # the kernel may take its time
+        with suppress(DeadlineExceeded):
+            assert isinstance(first.recv_any(0.0), Arrival)
+            break
+        assert time.monotonic() < until
+
+
 def test_one_that_leaves_is_lost(three: list[Endpoint]) -> None:
     three[1].close(PeerLost("rank 7 is gone", (7,)))
     three[2].close()
@@ -302,14 +360,61 @@ def test_strangers_do_not_disturb(noise: bytes) -> None:
         closable.close()
 
 
-def test_a_member_that_sends_garbage_is_lost() -> None:
-    first, second = Mesh(2).members
-    second._connected[0].sock.sendall(b"x" * HEADER_BYTES)
-    event = first.recv_any()
-    assert isinstance(event, Lost)
-    assert "garbage" in event.reason
-    first.close()
-    second.close()
+def data(sender: int = 1, incarnation: int = 0, payload: int = 0, version: int = wire.VERSION, meta: int = 0) -> bytes:
+    return wire._HEADER.pack(wire.MAGIC, version, Kind.DATA, sender, incarnation, meta, 1, payload)
+
+
+@pytest.mark.parametrize(
+    ("sent", "ends", "why"),
+    [
+        (b"x" * HEADER_BYTES, False, "it sent garbage: not a Weft frame"),
+        (data(version=wire.VERSION + 1), False, f"wire version {wire.VERSION + 1}, this side speaks {wire.VERSION}"),
+        (data(payload=2**60), False, "a frame of 0 [+] 1152921504606846976 bytes is refused"),
+        (data(payload=wire.MAX_PAYLOAD), True, "connection closed within a frame|no memory for the"),
+        (data(meta=2**31), False, "a frame of 2147483648 [+] 0 bytes is refused"),
+        (data(incarnation=7), False, "of member 1, incarnation 7, came on the connection of member 1, incarnation 0"),
+        (data(sender=2), False, "of member 2, incarnation 0, came on the connection of member 1, incarnation 0"),
+        (data(payload=1000) + b"x" * 999, True, "connection closed within a frame"),
+        (data()[:-1], True, "connection closed within a frame"),
+        (wire.encode_head(Head(Kind.GOODBYE, 1, 0, 0, b"\xc1", 0)), False, "it sent garbage: metadata"),
+        (wire.encode_head(Head(Kind.HELLO, 1, 5, 0, b"", 0)), False, "unexpected HELLO"),
+        (wire.encode_head(Head(Kind.PING, 1, 0, 0, b"", 9)), False, "unexpected PING of 9 bytes"),
+    ],
+    ids=["noise", "version", "huge", "promise", "metadata", "epoch", "sender", "cut", "header", "bye", "hello", "ping"],
+)
+def test_a_member_that_sends_what_it_must_not_is_lost_and_nobody_else(sent: bytes, ends: bool, why: str) -> None:
+    first, second, third = Mesh(3).members
+    with closing(first), closing(second), closing(third):
+        broken = second._connected[0].sock
+        broken.sendall(sent)
+        if ends:
+            broken.shutdown(socket.SHUT_WR)
+        event = first.recv_any()
+        assert isinstance(event, Lost)
+        assert event.peer == 1
+        assert re.search(why, event.reason), event.reason
+        third.send(0, 4, Meta("and I?"))
+        arrival = first.recv_any()
+        assert isinstance(arrival, Arrival)
+        assert arrival.peer == 2
+
+
+def test_a_frame_that_the_server_refuses_ends_its_connection_alone() -> None:
+    """And the server's loop goes on: the error of one peer is not its own."""
+    first, second, third = Mesh(3).members
+
+    def place(head: Head) -> list[memoryview]:
+        if head.payload_bytes > 10:
+            raise CommError(f"at most 10 bytes, not {head.payload_bytes}")
+        return [memoryview(bytearray(head.payload_bytes))]
+
+    with closing(first), closing(second), closing(third):
+        second.isend(0, 1, b"", [b"x" * 11])
+        event = first.recv_any(place=place)
+        assert isinstance(event, Lost)
+        assert "refused: at most 10 bytes, not 11" in event.reason
+        third.isend(0, 1, b"", [b"x" * 10])
+        assert isinstance(first.recv_any(place=place), Arrival)
 
 
 def test_a_member_that_never_comes_is_named() -> None:

@@ -429,6 +429,10 @@ def test_what_cannot_be_mapped_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for nbytes in (1 << 60, 1 << 70):
         with pytest.raises(ConfigError, match=r"cannot map .* --link tcp"):
             Region.create(2, nbytes)
+    monkeypatch.setattr("weft.comm.shm.region.memory_left", lambda: 10_000_000)
+    Region.create(2, 1_000_000).close()
+    with pytest.raises(ConfigError, match=r"cannot map .* for 2 ranks \(10,000,000 bytes are left\).* --link tcp"):
+        Region.create(2, 5_000_000)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert "aarch64" in str(supported())
     with pytest.raises(ConfigError, match="store order of x86-64, this is aarch64"):

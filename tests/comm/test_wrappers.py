@@ -23,6 +23,7 @@ from weft.testing import (
     freeze,
     kill,
     raise_error,
+    skip,
     slow,
     slow_loading,
     throttle,
@@ -36,6 +37,7 @@ ALL = [
     drop(rank=1, step=2),
     corrupt(rank=1, step=2),
     raise_error(rank=1, step=3),
+    skip(rank=1, step=2),
     throttle(rank=0, bytes_per_s=1000),
     slow(rank=2, factor=3),
     slow_loading(rank=1, seconds=0.1),
@@ -120,6 +122,14 @@ def test_corrupt_flips_one_byte_once() -> None:
     """Of 1.0, 0x3f800000, the byte 0x80 becomes 0x7f: 0.99609375, in one of 24 terms."""
     for outcome in run("inproc", [corrupt(rank=1, step=2)]):
         assert outcome.get() == (4, [24.0, 23.99609375, 24.0])
+
+
+def test_skip_leaves_one_call_out() -> None:
+    """Nobody sees it before the one that made fewer calls has gone."""
+    first, skipped, third = run("inproc", [skip(rank=1, step=2)])
+    assert skipped.get() == (4, [3.0 * 7 + 1] * 3)
+    for step, error in (first.get(), third.get()):
+        assert (step, type(error), error.ranks) == (3, PeerLost, (1,))
 
 
 def test_raise_error_and_delay() -> None:

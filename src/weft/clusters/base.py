@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from weft.comm.last_call import LastCall
 from weft.comm.link import WORLD
 from weft.cost import LinkSpeed
 from weft.errors import Interrupted
@@ -76,6 +77,10 @@ class Seat(ABC):
     def stop_requested(self) -> bool: ...
 
     @abstractmethod
+    def note(self, call: LastCall) -> None:
+        """Write down what is called now, where it can be read whatever becomes of this member."""
+
+    @abstractmethod
     def link(self, group: str = WORLD) -> Link:
         """Join the group of this name (blocks until all its members came, or the deadline)."""
 
@@ -109,13 +114,31 @@ class Exited:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a member was at when ``Session.ask`` came to it.
+
+    ``state``: the kernel's letter (R at work, S asleep, D waits for a disk, T stopped), X of one that has ended, "" of a
+    thread. ``stack``: as faulthandler writes it, innermost first; empty if it did not answer. ``call``: the newest, and
+    how many seconds ago it began and ended (None: it has not); None if it has called nothing.
+    """
+
+    member: int
+    pid: int
+    state: str
+    stack: str
+    call: LastCall | None = None
+    began_s: float = 0.0
+    ended_s: float | None = None
+
+
+@dataclass(frozen=True)
 class StopAsked:
     """Somebody signalled another process of the run to end."""
 
     rank: int
 
 
-SessionEvent = Message | Output | Exited | StopAsked
+SessionEvent = Message | Output | Exited | Asked | StopAsked
 
 
 class Session(ABC):
@@ -146,6 +169,11 @@ class Session(ABC):
     @abstractmethod
     def request_stop(self) -> None:
         """Ask every member to stop at its next safe point."""
+
+    @abstractmethod
+    def ask(self) -> None:
+        """Ask every member started last, also those that have ended, where it is. An Asked comes of each, within a second;
+        none of those whose host is gone. It disturbs nobody."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -209,7 +237,7 @@ class Call:
                     raise Interrupted(
                         f"stopped before training began (by a signal to rank {event.rank}): nothing was lost."
                     )
-                else:
+                elif isinstance(event, Exited):
                     return event
 
 

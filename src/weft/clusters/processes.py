@@ -12,7 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weft.clusters.base import Exited, LinkSpec, MemberSpec, Message, Output, Session, SessionEvent
+import msgspec
+
+from weft.clusters.base import Asked, Exited, LinkSpec, MemberSpec, Message, Output, Session, SessionEvent
 from weft.clusters.pipe import Closed, Pipe
 from weft.clusters.zygote import STOP, encode_start
 from weft.errors import MemberFailed, from_wire
@@ -52,6 +54,9 @@ class ProcessSession(Session):
 
     def request_stop(self) -> None:
         self._send({"do": "signal", "signal": int(STOP)})
+
+    def ask(self) -> None:
+        self._send({"do": "ask"})
 
     def kill(self) -> None:
         self._send({"do": "signal", "signal": int(signal.SIGKILL)})
@@ -95,6 +100,8 @@ def translate(message: dict[str, Any]) -> SessionEvent:
         return Message(message["member"], message["data"])
     if kind == "output":
         return Output(message["member"], message["text"])
+    if kind == "asked":
+        return msgspec.convert({"member": message["member"]} | message["data"], Asked)
     if kind == "refused":
         raise from_wire(message["error"])
     return Exited(message["member"], message["code"], message["signal"], message["error"])

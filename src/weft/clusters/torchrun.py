@@ -307,6 +307,10 @@ class Leader(TorchrunSession):
         super().request_stop()
         self._tell_all({"do": "signal", "signal": int(STOP)})
 
+    def ask(self) -> None:
+        super().ask()
+        self._tell_all({"do": "ask"})
+
     def kill(self) -> None:
         super().kill()
         self._tell_all({"do": "signal", "signal": int(signal.SIGKILL)})
@@ -452,7 +456,7 @@ class Follower(TorchrunSession):
             for member in command["members"]:
                 member["payload"]["config"]["task"] = task
         else:
-            assert command["do"] == "signal", command["do"]
+            assert command["do"] in ("signal", "ask"), command["do"]
         self._send(command)
 
     def close(self) -> None:

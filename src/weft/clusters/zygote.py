@@ -4,21 +4,25 @@ Why one, and why it never computes: a parent that has used torch's threads hangs
 follows the forking *thread*, so the thread must live as long as the members. Whoever dies, nobody stays: the zygote dies
 with the launcher (its death signal; on other systems, when the socket ends), members with the zygote.
 
-Run as ``python -m weft.clusters.zygote FD``. From the launcher: path, start, signal. To it: message, output, exited.
+Run as ``python -m weft.clusters.zygote FD``. From the launcher: path, start, signal, ask. To it: message, output, asked,
+exited.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import os
+import select
 import selectors
 import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +32,7 @@ import msgspec
 
 from weft.clusters.base import LinkSpec, MemberSpec, Seat, resolve
 from weft.clusters.pipe import Closed, Pipe
+from weft.comm.last_call import Board, LastCall
 from weft.comm.link import WORLD
 from weft.errors import to_wire
 
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
     from weft.comm.link import Link
 
 STOP = signal.SIGUSR1
+ASK = signal.SIGUSR2  # a member answers with its stack, also from within a call that never returns
+ASK_S = 0.5  # until those that have not answered count as silent
+QUIET_S = 0.05  # of silence: what was written is whole
 PR_SET_PDEATHSIG = 1
 
 
@@ -114,10 +122,13 @@ class Transport:
 
 
 class ForkedSeat(Seat):
-    def __init__(self, spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport]) -> None:
-        self.spec, self._pipe, self._transports = spec, pipe, transports
+    def __init__(
+        self, spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport], board: Board, answers: int
+    ) -> None:
+        self.spec, self._pipe, self._transports, self._board = spec, pipe, transports, board
         self._stop = False
         signal.signal(STOP, self._on_stop)
+        faulthandler.register(ASK, answers, all_threads=True)
 
     def _on_stop(self, *_: object) -> None:
         self._stop = True
@@ -127,6 +138,9 @@ class ForkedSeat(Seat):
 
     def stop_requested(self) -> bool:
         return self._stop
+
+    def note(self, call: LastCall) -> None:
+        self._board.write(self.spec.member, call)
 
     def link(self, group: str = WORLD) -> Link:
         for transport in self._transports:
@@ -142,6 +156,7 @@ class Child:
     pid: int
     pipe: Pipe
     output: int  # read end of its stdout and stderr
+    answers: int  # read end of what it says when it is asked where it is
     error: dict[str, Any] | None = None
 
 
@@ -150,10 +165,13 @@ class Zygote:
         self.launcher = launcher
         self.children: dict[int, Child] = {}
         self.transports: list[Transport] = []
+        self.board = Board([])
+        self.pids: dict[int, int] = {}  # of those on the board, also when they have ended
         self.preload: list[str] = []
         self.selector = selectors.DefaultSelector()
         self.wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(ASK, signal.SIG_IGN)  # inherited: a member may be asked before it can answer
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self.selector.register(launcher, selectors.EVENT_READ, self._on_launcher)
         self.selector.register(self.wake_read, selectors.EVENT_READ, self._on_child_ended)
@@ -190,6 +208,8 @@ class Zygote:
                 for child in self.children.values():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(child.pid, command["signal"])
+            elif command["do"] == "ask":
+                self._ask()
 
     def _start(self, command: dict[str, Any]) -> None:
         if not self.children:
@@ -200,12 +220,14 @@ class Zygote:
         except Exception as error:
             self.launcher.send({"event": "refused", "error": to_wire(error, traceback.format_exc())})
             return
+        self.board, self.pids = Board([member["member"] for member in command["members"]]), {}
         for member in command["members"]:
             self._fork(MemberSpec(**member))
 
     def _fork(self, spec: MemberSpec) -> None:
         ours, theirs = socket.socketpair()
         out_read, out_write = os.pipe2(os.O_CLOEXEC)
+        answers_read, answers_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -214,22 +236,56 @@ class Zygote:
             die_with_parent(parent)
             os.dup2(out_write, 1)
             os.dup2(out_write, 2)
-            for fd in (out_write, out_read, self.wake_read):
+            for fd in (out_write, out_read, answers_read, self.wake_read):
                 os.close(fd)
             ours.close()
             for child in self.children.values():
                 child.pipe.close()
                 os.close(child.output)
+                os.close(child.answers)
             self.launcher.close()
             self.selector.close()
-            run_child(spec, Pipe(theirs), self.transports)
+            run_child(spec, Pipe(theirs), self.transports, self.board, answers_write)
         theirs.close()
         os.close(out_write)
+        os.close(answers_write)
         os.set_blocking(out_read, False)
-        child = Child(spec.member, pid, Pipe(ours), out_read)
+        child = Child(spec.member, pid, Pipe(ours), out_read, answers_read)
         self.children[pid] = child
+        self.pids[spec.member] = pid
         self.selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_message(child))
         self.selector.register(out_read, selectors.EVENT_READ, lambda: self._on_output(child))
+
+    def _ask(self) -> None:
+        """Nobody is waited for longer than ASK_S: one that is stopped, or waits in the kernel, cannot answer."""
+        asked = {child.answers: child for child in self.children.values() if child.member in self.pids}
+        for child in asked.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, ASK)
+        stacks = {child.member: b"" for child in asked.values()}
+        until = time.monotonic() + ASK_S
+        while (left := until - time.monotonic()) > 0 and asked:
+            whole = all(stacks[child.member] for child in asked.values())
+            ready = select.select(list(asked), [], [], min(left, QUIET_S) if whole else left)[0]
+            if whole and not ready:
+                break
+            for answers in ready:
+                if part := os.read(answers, 1 << 16):
+                    stacks[asked[answers].member] += part
+                else:  # it has ended
+                    del asked[answers]
+        for member, pid in self.pids.items():
+            alive = pid in self.children
+            call, now = self.board.read(member), time.monotonic()
+            data = {
+                "pid": pid,
+                "state": process_state(pid) if alive else "X",
+                "stack": stacks.get(member, b"").decode(errors="replace"),
+                "call": None if call is None else msgspec.to_builtins(call),
+                "began_s": now - call.began if call is not None else 0.0,
+                "ended_s": now - call.ended if call is not None and call.ended else None,
+            }
+            self.launcher.send({"event": "asked", "member": member, "data": data})
 
     def _close_transports(self) -> None:
         for transport in self.transports:
@@ -287,6 +343,7 @@ class Zygote:
                 self.selector.unregister(source)
         child.pipe.close()
         os.close(child.output)
+        os.close(child.answers)
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
         self.launcher.send(
@@ -294,14 +351,23 @@ class Zygote:
         )
 
 
-def run_child(spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport]) -> NoReturn:
+def process_state(pid: int) -> str:
+    """The kernel's letter; "?" where it does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "?"
+
+
+def run_child(spec: MemberSpec, pipe: Pipe, transports: Sequence[Transport], board: Board, answers: int) -> NoReturn:
     """The life of a member, from fork to _exit: exit handlers of the zygote are not ours to run."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        resolve(spec.entry)(ForkedSeat(spec, pipe, transports))
+        resolve(spec.entry)(ForkedSeat(spec, pipe, transports, board, answers))
         code = 0
     except Closed:
         pass  # nobody is left to tell

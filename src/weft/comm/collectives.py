@@ -132,8 +132,15 @@ class RingLink(Link):
             def place(head: Head) -> list[memoryview]:
                 shape = call.check_ragged(head)
                 if math.prod(shape) * tensor.element_size() != head.payload_bytes:
-                    raise CommError(f"rank {head.sender} sent {head.payload_bytes} bytes as {list(shape)}")
-                gathered[head.sender] = torch.empty(shape, dtype=tensor.dtype)
+                    raise CommError(
+                        f"rank {head.sender} sent {head.payload_bytes} bytes as {list(shape)}", (head.sender,)
+                    )
+                try:
+                    gathered[head.sender] = torch.empty(shape, dtype=tensor.dtype)
+                except RuntimeError as error:  # no memory for it
+                    raise CommError(
+                        f"rank {head.sender} sent a tensor of shape {shape}: {error}", (head.sender,)
+                    ) from error
                 return [as_bytes(gathered[head.sender])]
 
             self._step(call, {k: [as_bytes(mine)] for k in self._others}, dict.fromkeys(self._others, place))
@@ -173,8 +180,10 @@ class RingLink(Link):
         self._seq += 1
         begin, waited = time.monotonic(), self.traffic.wait_s
         meta = Meta(op, tuple(tuple(t.shape) for t in tensors), tuple(str(t.dtype)[6:] for t in tensors))
+        self.traffic.call(self._seq, meta)
         try:
             yield _Call(self.rank, self._seq, meta, begin + self.deadline_s)
+            self.traffic.call(self._seq, None)
         except BaseException as error:
             # Also one of ours or of torch: frames may be half-way, nobody can go on from here.
             self._error = error if isinstance(error, CommError) else CommError(f"{op} failed: {error!r}", (self.rank,))

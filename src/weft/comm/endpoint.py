@@ -1,8 +1,15 @@
 """An Endpoint exchanges frames with peers that come and go: servers, peers in a graph, and the ring all live on it.
 
 Nothing is queued behind the caller's back: a payload waits with its sender until the receiver says where it shall go
-(``irecv``, or ``recv_any``), and sends and receives progress together inside any call that waits. A peer that dies is
-seen at once as ``Lost``; one that is silent, by the deadline of the call. Use an endpoint from one thread.
+(``irecv``, or ``recv_any``), and sends and receives progress together inside any call that waits. Use an endpoint from
+one thread.
+
+Who is there. A peer that dies is seen at once as ``Lost``. A frozen one keeps its connection, and no kernel tells: it is
+asked (PING) and does not answer. The asking and the answering is done by the calls that wait, with no thread beside them:
+a thread's heartbeat would go on while the member it speaks for is stuck. So an answer means that the member itself is
+being served, and none that it is frozen or at work elsewhere; both count only by the deadline, for whoever waits for it:
+``wait`` asks shortly before its deadline and names the silent in its error, and a server that waits for nobody in
+particular (``recv_any``) asks those that have been quiet for a while and tells of the silent by a ``Silent`` event.
 """
 
 from __future__ import annotations
@@ -56,7 +63,16 @@ class Lost:
     error: CommError | None = None
 
 
-Event = Arrival | Joined | Lost
+@dataclass(frozen=True)
+class Silent:
+    """No sign of life for ``seconds``, the deadline or more, though it was asked. It is still a peer, and may come back."""
+
+    peer: int
+    incarnation: int
+    seconds: float
+
+
+Event = Arrival | Joined | Lost | Silent
 
 
 class Sending:
@@ -109,7 +125,10 @@ class _ReceivingAny(Receiving):
 
 def allocate(head: Head) -> Sequence[memoryview]:
     """Fresh memory. Not zeroed: the kernel gives pages as bytes arrive, not for what a header merely promises."""
-    return [np.empty(head.payload_bytes, np.uint8).data]
+    try:
+        return [np.empty(head.payload_bytes, np.uint8).data]
+    except MemoryError as error:
+        raise CommError(f"no memory for the {head.payload_bytes:,} bytes that member {head.sender} promises") from error
 
 
 class Endpoint(ABC):
@@ -125,6 +144,9 @@ class Endpoint(ABC):
         self._posted: dict[int, deque[Receiving]] = {}
         self._lost: dict[int, Lost] = {}
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
+        self._asked: dict[int, float] = {}  # by recv_any: when those that have not answered yet were asked
+        self._silent: set[int] = set()  # those told of
+        self._look_again = 0.0
         self._place_any: Place | None = None
 
     # What a carrier brings
@@ -183,21 +205,49 @@ class Endpoint(ABC):
         self.wait([self.isend(peer, seq, meta.encode(), payload)], until, doing=f"sending {meta}")
 
     def recv_any(self, deadline_s: float | None = None, place: Place = allocate) -> Event:
-        """The next thing that happens: a frame from any peer, a peer that joined, a peer that was lost.
+        """The next thing that happens: a frame from any peer, a peer that joined, was lost, or is silent.
 
-        DeadlineExceeded if nothing does. ``place`` gives the memory for a payload (default: fresh memory).
+        DeadlineExceeded if nothing does. ``place`` gives the memory for a payload (default: fresh memory); one that it
+        refuses with a CommError, as the default does what there is no memory for, ends the connection that brought it.
         """
         until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
         self._place_any = place
         try:
             while not self._events:
                 left = until - time.monotonic()
-                if left <= 0:
+                self._progress(max(0.0, min(left, self._ask_after_s / 4)))
+                self._look_for_silent()
+                if left <= 0 and not self._events:
                     raise DeadlineExceeded(f"member {self.member} heard nothing within its deadline")
-                self._progress(left)
             return self._events.popleft()
         finally:
             self._place_any = None
+
+    @property
+    def _ask_after_s(self) -> float:
+        """Of silence; and how long an answer may take."""
+        return min(1.0, self.deadline_s / 4)
+
+    def _look_for_silent(self) -> None:
+        """What has come was read before: who has no sign of life there was asked in time, and did not answer."""
+        now = time.monotonic()
+        if now < self._look_again:  # a busy server has no time to look at all peers between any two frames
+            return
+        self._look_again = now + self._ask_after_s / 4
+        for peer in self.peers:
+            quiet_s, asked = now - self._heard.setdefault(peer, now), self._asked.get(peer)
+            if quiet_s < self._ask_after_s:
+                self._asked.pop(peer, None)
+                self._silent.discard(peer)
+            elif asked is None or asked < self._heard[peer]:
+                self._asked[peer] = now
+                self._send(peer, self._control(Kind.PING), ())
+            elif quiet_s >= self.deadline_s and now - asked >= self._ask_after_s and peer not in self._silent:
+                self._silent.add(peer)
+                self._events.append(Silent(peer, self._incarnation_of(peer), quiet_s))
+
+    def _incarnation_of(self, peer: int) -> int:
+        return 0
 
     def wait(
         self,
@@ -220,7 +270,7 @@ class Endpoint(ABC):
                 now = time.monotonic()
                 if now >= until:
                     raise self._late({h.peer for h in pending}, watch, asked, doing)
-                ask_at = until - min(1.0, self.deadline_s / 4)
+                ask_at = until - self._ask_after_s
                 if asked is None and now >= ask_at:
                     asked = now
                     for peer in set(watch) & set(self.peers):
@@ -298,6 +348,8 @@ class Endpoint(ABC):
 
     def _has_lost(self, lost: Lost) -> None:
         self._lost[lost.peer] = lost
+        self._asked.pop(lost.peer, None)
+        self._silent.discard(lost.peer)
         self._events.append(lost)
         self._posted.pop(lost.peer, None)
 

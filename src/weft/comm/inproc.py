@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from weft.comm.endpoint import Endpoint, Lost, Sending, error_in
 from weft.comm.link import DEADLINE_S
 from weft.comm.wire import Head, Kind
-from weft.errors import CommError, PeerLost
+from weft.errors import CommError, DeadlineExceeded, PeerLost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Baton(Protocol):
     """Held by the one thread that computes: let go before waiting, taken again before going on."""
 
-    def acquire(self) -> None: ...
+    def acquire(self, *, timeout: float = -1) -> bool: ...
 
     def release(self) -> None: ...
 
@@ -96,7 +96,14 @@ class InprocEndpoint(Endpoint):
         try:
             yield
         finally:
-            self._baton.acquire()
+            if not self._baton.acquire(timeout=self.deadline_s * (1 + len(self._others))):  # they compute one by one
+                holder = getattr(self._baton, "holder", None)
+                who = "another member" if holder is None else f"member {holder}"
+                raise DeadlineExceeded(
+                    f"{who} has computed for longer than all members' deadlines of {self.deadline_s:g} s together, and here "
+                    "one computes at a time",
+                    () if holder is None else (holder,),
+                )
 
     def _deliver(self, peer: int) -> bool:
         """One frame of ``peer`` to whoever takes it; a frame that nobody takes stays where it is."""

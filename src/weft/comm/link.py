@@ -31,12 +31,19 @@ class Traffic:
     busy_s: float = 0.0  # inside exchanges, waiting left out
     wait_s: float = 0.0  # until the others had come
     on_wait: Callable[[float, float], None] | None = None  # hears when each wait began and ended
+    #: Hears the number of each call and what it is (its str) as it begins, and (number, None) when it has ended well.
+    on_call: Callable[[int, object | None], None] | None = None
 
     def waited(self, begin: float, end: float) -> None:
         """A carrier waited for others; times by time.monotonic or time.perf_counter."""
         self.wait_s += end - begin
         if self.on_wait is not None:
             self.on_wait(begin, end)
+
+    def call(self, number: int, what: object | None) -> None:
+        """A carrier begins a call, or (None) has ended it. ``what`` is hashable."""
+        if self.on_call is not None:
+            self.on_call(number, what)
 
 
 class Link(ABC):

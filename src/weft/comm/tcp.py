@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import selectors
 import socket
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -157,6 +159,7 @@ class TcpEndpoint(Endpoint):
         self._newest: dict[int, int] = {}  # incarnation of each member, also of those that are gone
         self._closed = False
         self._listener = listener
+        _ENDPOINTS.add(self)
         listener.setblocking(False)
         self._selector.register(listener, READ, None)
         try:
@@ -336,12 +339,23 @@ class TcpEndpoint(Endpoint):
         """Act on a head. False: a payload that nobody wants yet."""
         peer = connection.peer
         if head.kind is Kind.DATA and peer is not None and _is_from(head, connection):
-            receiving = self._taker(peer, head)
+            expected = bool(self._posted.get(peer))
+            try:
+                receiving = self._taker(peer, head)
+            except CommError as refusal:
+                if expected:  # the error of the call that expects it
+                    raise
+                raise ConnectionResetError(f"its frame was refused: {refusal}") from refusal
             if receiving is None:
                 return False
             connection.filling = receiving
             connection.reader.place(receiving.views, receiving.filled)
             return True
+        if head.kind is Kind.DATA and peer is not None:
+            raise ConnectionResetError(
+                f"a frame of member {head.sender}, incarnation {head.incarnation}, came on the connection of member {peer}, "
+                f"incarnation {connection.incarnation}"
+            )
         if head.payload_bytes:
             raise ConnectionResetError(f"unexpected {head.kind.name} of {head.payload_bytes} bytes")
         connection.reader.place(())
@@ -371,6 +385,9 @@ class TcpEndpoint(Endpoint):
         self._newest[peer] = hello.incarnation
         self._connected[peer] = connection
         self._has_joined(peer, hello.incarnation)
+
+    def _incarnation_of(self, peer: int) -> int:
+        return self._connected[peer].incarnation
 
     def pace(self, bytes_per_s: float) -> None:
         for connection in self._connected.values():
@@ -402,6 +419,22 @@ class TcpEndpoint(Endpoint):
                         if key.data.out:
                             continue
                     selector.unregister(key.fileobj)
+
+
+#: Of this process. A child of a fork (a DataLoader's worker) must not keep their connections open: it may outlive us, and
+#: nobody would see that we are gone.
+_ENDPOINTS: weakref.WeakSet[TcpEndpoint] = weakref.WeakSet()
+
+
+def _let_go_of_what_is_the_parents() -> None:
+    for endpoint in list(_ENDPOINTS):
+        for connection in (*endpoint._connected.values(), *endpoint._strangers):
+            connection.sock.close()
+        endpoint._listener.close()
+    _ENDPOINTS.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_of_what_is_the_parents)
 
 
 def _is_from(head: Head, connection: _Connection) -> bool:

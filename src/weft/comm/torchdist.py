@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
+LOOK_S = 0.03  # between two looks at those we wait for
+#: Groups with a call that never ended: to destroy one would wait for the call. They go with the process.
+_ABANDONED: list[Any] = []
 GRACE_S = 1.0  # how long a failing rank asks who else fails, and why
 _SLOT_HEAD = struct.Struct("=16sq")  # digest of the call, bytes of this rank's data
 INLINE_BYTES = SLOT_BYTES - _SLOT_HEAD.size
@@ -125,8 +128,7 @@ class TorchDistLink(Link):
                 if not _torch_reduces(flat):
                     parts = self._gather_bytes(flat.view(torch.uint8), flat.nbytes)
                     flat.copy_(_combined([part.view(flat.dtype) for part in parts], op))
-            for work in works:
-                self._wait(work)
+            self._wait(works)
 
     def _start_all_reduce(self, flat: torch.Tensor, op: Op) -> Any:
         dist = _torch_distributed()
@@ -165,7 +167,7 @@ class TorchDistLink(Link):
         padded[: mine.numel()] = mine
         gathered = mine.new_empty(self.world * num_bytes)
         self._count((self.world - 1) * num_bytes)
-        self._wait(self._group_of(mine)._allgather_base(gathered, padded))
+        self._wait([self._group_of(mine)._allgather_base(gathered, padded)])
         return list(torch.split(gathered, num_bytes))
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
@@ -190,8 +192,7 @@ class TorchDistLink(Link):
             works = [self._group_of(part).broadcast([part], options) for part in data]
             if self.rank == root:  # the tree's root is charged with what all of its branches send
                 self._count((self.world - 1) * num_bytes)
-            for work in works:
-                self._wait(work)
+            self._wait(works)
 
     def all_reduce_bytes(self, nbytes: int) -> int:
         return all_reduce_bytes(self.carrier, nbytes, self.world)
@@ -207,15 +208,51 @@ class TorchDistLink(Link):
     def _group_of(self, tensor: torch.Tensor) -> Any:
         return self._nccl if tensor.is_cuda and self._nccl is not None else self._gloo
 
-    def _wait(self, work: Any) -> None:
-        """With a time limit NCCL's wait ends when the work has; without one, when it has been queued."""
+    def _wait(self, works: list[Any]) -> None:
+        """With a time limit NCCL's wait ends when the work has; without one, when it has been queued.
+
+        Works are let go one by one, and all if one fails: a work holds its group, which would keep its sockets open for as
+        long as somebody holds the error with its frames, and ranks that have no socket to the lost one hear of it only as
+        ours close.
+        """
         try:
-            if self._nccl is None:
-                work.wait()  # Gloo keeps the limit of its group
-            else:
-                work.wait(timedelta(seconds=self.deadline_s))
+            while works:
+                if self._nccl is not None:
+                    works[0].wait(timedelta(seconds=self.deadline_s))
+                else:
+                    self._wait_for_gloo(works)
+                del works[0]
         except RuntimeError as error:
+            works.clear()
             raise self._diagnose(error) from error
+
+    def _wait_for_gloo(self, works: list[Any]) -> None:
+        """Gloo keeps the limit of its group. Of about a hundred deaths it misses one, and waits on for its limit: so we
+        look ourselves, and believe what we see if the work has not ended by the next look.
+        """
+        lost: CommError | None = None
+        while True:
+            try:
+                works[0].wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError:
+                if works[0].is_completed():  # else it was the time limit of this look
+                    raise
+            if lost is not None:
+                works.clear()
+                _ABANDONED.append(self._gloo)
+                raise lost
+            lost = self._told_or_seen_dead()
+
+    def _told_or_seen_dead(self) -> CommError | None:
+        doing = f"{self._doing}, call {self._seq} of rank {self.rank}"
+        dead = tuple(
+            k for k, pid in self._pids.items() if _process_state(pid) in "XZ"
+        )  # first: it says why before it ends
+        for k in range(self.world):
+            if k != self.rank and (text := self._noted("error", k)):
+                return _error_in(text)
+        return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead) if dead else None
 
     # The slot that begins every call
 
@@ -243,7 +280,7 @@ class TorchDistLink(Link):
 
         gathered = torch.empty(self.world * SLOT_BYTES, dtype=torch.uint8)
         self._count((self.world - 1) * SLOT_BYTES)
-        self._wait(self._gloo._allgather_base(gathered, mine))
+        self._wait([self._gloo._allgather_base(gathered, mine)])
         return torch.split(gathered, SLOT_BYTES)
 
     def _mismatch(self, call: Meta, digests: list[bytes]) -> Mismatch:
@@ -268,8 +305,10 @@ class TorchDistLink(Link):
         shapes = [(-1, *t.shape[1:]) if ragged and t.dim() else tuple(t.shape) for t in tensors]
         call = Meta(op, tuple(shapes), tuple(str(t.dtype)[6:] for t in tensors))
         self._doing = call
+        self.traffic.call(self._seq, call)
         try:
             yield call
+            self.traffic.call(self._seq, None)
         except CommError as error:
             self._fail(error)
             raise
@@ -295,8 +334,7 @@ class TorchDistLink(Link):
         while True:
             states = {k: _process_state(pid) for k, pid in self._pids.items()}  # first: a rank says why before it ends
             if told := [text for k in others if (text := self._noted("error", k))]:
-                told_error = from_wire(msgspec.json.decode(told[0]))
-                return told_error if isinstance(told_error, CommError) else CommError(str(told_error))
+                return _error_in(told[0])
             if left := tuple(k for k in others if self._noted("left", k) is not None):
                 return PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
             if dead := tuple(k for k, state in states.items() if state in "XZ"):
@@ -430,6 +468,11 @@ def _from_bytes(data: bytes) -> torch.Tensor:
 
 def _to_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.numpy())
+
+
+def _error_in(note: bytes) -> CommError:
+    error = from_wire(msgspec.json.decode(note))
+    return error if isinstance(error, CommError) else CommError(str(error))
 
 
 def _host_id() -> str:

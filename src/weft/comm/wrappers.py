@@ -20,8 +20,10 @@ from weft.errors import ConfigError, PeerLost
 if TYPE_CHECKING:
     import torch
 
-FaultKind = Literal["kill", "freeze", "delay", "drop", "corrupt", "raise_error", "throttle", "slow", "slow_loading"]
-STRIKES_LINK = ("kill", "freeze", "delay", "drop", "corrupt", "raise_error")
+FaultKind = Literal[
+    "kill", "freeze", "delay", "drop", "corrupt", "raise_error", "skip", "throttle", "slow", "slow_loading"
+]
+STRIKES_LINK = ("kill", "freeze", "delay", "drop", "corrupt", "raise_error", "skip")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def raise_error(rank: int, step: int) -> Fault:
     return Fault("raise_error", rank, step)
 
 
+def skip(rank: int, step: int) -> Fault:
+    """The rank leaves out one exchange and goes on, as code does that only some ranks run."""
+    return Fault("skip", rank, step)
+
+
 def throttle(rank: int, bytes_per_s: int) -> Fault:
     """The rank's sockets send no more than this to each peer, paced by the kernel (carrier tcp)."""
     return Fault("throttle", rank, bytes_per_s=bytes_per_s)
@@ -114,7 +121,8 @@ class FaultyLink(Link):
             if fault.rank == link.rank and fault.kind == "throttle":
                 link.pace(fault.bytes_per_s)
 
-    def _strike(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _strike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """False: the exchange is left out."""
         due = [fault for fault in self._faults if fault.step is None or fault.step <= self._step()]
         self._faults = [fault for fault in self._faults if fault.step is None or fault not in due]
         for fault in due:
@@ -130,28 +138,28 @@ class FaultyLink(Link):
                 raise PeerLost(f"the link of rank {self.rank} broke, as {fault} asks", (self.rank,))
             elif fault.kind == "corrupt":
                 _flip_one_byte(tensors)
-            else:
+            elif fault.kind == "raise_error":
                 raise RuntimeError(f"raised as {fault} asks")
+        return all(fault.kind != "skip" for fault in due)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return self._link.allocate(numel, dtype)
 
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
-        self._strike(buffers)
-        self._link.all_reduce(buffers, op)
+        if self._strike(buffers):
+            self._link.all_reduce(buffers, op)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         given = tensor.detach().clone()
-        self._strike([given])
-        return self._link.all_gather(given)
+        return self._link.all_gather(given) if self._strike([given]) else [given] * self.world
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
-        self._strike(buffers)
-        self._link.broadcast(buffers, root)
+        if self._strike(buffers):
+            self._link.broadcast(buffers, root)
 
     def barrier(self) -> None:
-        self._strike(())
-        self._link.barrier()
+        if self._strike(()):
+            self._link.barrier()
 
     def all_reduce_bytes(self, nbytes: int) -> int:
         return self._link.all_reduce_bytes(nbytes)

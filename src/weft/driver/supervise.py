@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from weft.clusters.base import MemberSpec, Message, Output, Session, StopAsked
-from weft.config import RESULT, RunFolder
+from weft.clusters.base import Asked, Exited, MemberSpec, Message, Output, Session, StopAsked
+from weft.config import HANG, RESULT, RunFolder
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, diagnose
+from weft.driver.hang import Hang
 from weft.driver.prepare import Job, Prepared, failure_of, find_checkpoint
 from weft.driver.results import RunResult, Totals
 from weft.errors import Interrupted, MemberFailed
@@ -76,6 +77,8 @@ class Driver:
         self.totals = Totals(prepared.total_steps)
         self.losses = LossJoiner(0)
         self.heard_s = 0.0
+        self.heard_of: dict[int, tuple[float, int]] = {}  # by member: when it last spoke, and after which step
+        self.answers: dict[int, Asked] = {}
         self.log = EventLog(folder.events)
         self.outputs: dict[int, Any] = {}
 
@@ -101,8 +104,9 @@ class Driver:
                 failure = culprit(failures)
                 decision = decide(failure, restarts_left)
                 self.tell_failure(failure)
+                hang = self.report_hang(failure, failures)
                 if not decision.restart:
-                    raise self.failed(failure, failures, decision.reason if config.restarts else "")
+                    raise self.failed(failure, failures, decision.reason if config.restarts else "", hang)
                 restarts_left, attempt = restarts_left - 1, attempt + 1
                 found = find_checkpoint(self.session, self.folder, self)
                 self.totals.go_back(found.get("step", 0))
@@ -144,8 +148,9 @@ class Driver:
         failures: list[Failure] = []
         first_failure_s = stop_asked_s = math.inf
         self.heard_s = time.monotonic()
-        killed = False
-        while alive:
+        self.heard_of, self.answers = {}, {}
+        killed = asked = puzzled = False
+        while alive or (puzzled and not killed):
             for event in self.session.poll(0.1):
                 if isinstance(event, Message):
                     self.on_message(event)
@@ -153,7 +158,9 @@ class Driver:
                     self.on_output(event.member, event.text)
                 elif isinstance(event, StopAsked):
                     self.interrupts.count = max(1, self.interrupts.count)
-                else:
+                elif isinstance(event, Asked):
+                    self.answers[event.member] = event
+                elif isinstance(event, Exited):
                     role = alive.pop(event.member)
                     if event.failed and not killed:
                         failures.append(failure_of(event, role))
@@ -169,9 +176,15 @@ class Driver:
             if alive and not killed and (self.interrupts.count > 1 or too_late):
                 self.session.kill()
                 killed = True
-            if failures and alive and not killed and (not culprit(failures).is_echo or now - first_failure_s > GRACE_S):
-                self.session.kill()
-                killed = True
+            if failures and not killed:
+                enough = now - first_failure_s > GRACE_S
+                if is_puzzling(culprit(failures)) and not asked:
+                    asked = True
+                    self.session.ask()
+                puzzled = asked and not enough and len(self.answers) < len(members) and is_puzzling(culprit(failures))
+                if alive and (enough or not (puzzled or culprit(failures).is_echo)):
+                    self.session.kill()
+                    killed = True
         if self.interrupts.count > 1 or (killed and not failures):
             raise Interrupted(
                 f"stopped at once; what came after the newest checkpoint is lost. Go on with: weft resume {self.folder.path}"
@@ -186,7 +199,9 @@ class Driver:
     def on_message(self, message: Message) -> None:
         self.heard_s = time.monotonic()
         if "event" in message.data:
-            self.on_event(msgspec.convert(message.data["event"], Event))
+            event = msgspec.convert(message.data["event"], Event)
+            self.heard_of[message.member] = (self.heard_s, event.step)
+            self.on_event(event)
 
     def on_event(self, event: Event) -> None:
         self.log.write(event)
@@ -219,18 +234,50 @@ class Driver:
             )
         )
 
-    def failed(self, failure: Failure, failures: list[Failure], reason: str) -> MemberFailed:
+    def report_hang(self, failure: Failure, failures: list[Failure]) -> Hang | None:
+        """The page, in the run's folder, where it is not clear already why the run cannot go on."""
+        if not is_puzzling(failure) or not self.answers:
+            return None
+        now = time.monotonic()
+        hang = Hang(
+            failure,
+            failures,
+            self.answers,
+            self.prepared.config.deadline_s,
+            {member: step for member, (_, step) in self.heard_of.items()},
+            {member: now - when for member, (when, _) in self.heard_of.items()},
+        )
+        try:
+            (self.folder.path / HANG).write_text(hang.page())
+        except OSError as error:
+            self.tell("warning", text=f"cannot write {HANG} in {str(self.folder.path)!r}: {error.strerror}")
+        self.tell("warning", text=f"{hang.line()}; what all did last: {self.folder.path / HANG}")
+        return hang
+
+    def failed(self, failure: Failure, failures: list[Failure], reason: str, hang: Hang | None = None) -> MemberFailed:
         echoes = fold([f for f in failures if f.member != failure.member])
         lines = [
             f"{failure.role} {failure.member} failed, last heard of after step {self.totals.step}: {failure.cause}"
         ]
+        if hang is not None:
+            lines.append(f"{hang.line()}.")
         if echoes:
             lines.append(f"(then, because of it: {'; '.join(echoes)})")
         if reason and reason != "no restarts are left":
             lines.append(f"Not restarted: {reason}.")
         if any(self.folder.checkpoints.glob("step-*")):
             lines.append(f"Go on from the newest checkpoint with: weft resume {self.folder.path}")
-        return MemberFailed("\n".join(lines), member=failure.member, cause=failure.cause, traceback=failure.traceback)
+        page = ""
+        if hang is not None:
+            lines.append(f"What each rank did last: {self.folder.path / HANG}")
+            page = hang.page()
+        return MemberFailed(
+            "\n".join(lines),
+            member=failure.member,
+            cause=failure.cause,
+            traceback="" if failure.is_echo else failure.traceback,  # an echo has that of one who waited
+            page=page,
+        )
 
     def bottleneck(self) -> str:
         config, totals = self.prepared.config, self.totals
@@ -264,6 +311,11 @@ class Driver:
             bottleneck=self.bottleneck(),
             notes=self.prepared.facts.notes,
         )
+
+
+def is_puzzling(failure: Failure) -> bool:
+    """Somebody is missing, or ranks disagree, and what was raised does not say why: all are asked where they are."""
+    return failure.is_echo or failure.kind == "Mismatch"
 
 
 def fold(failures: Sequence[Failure]) -> list[str]:

@@ -144,6 +144,12 @@ class JoinedMean(Exchange):
         if math.isfinite(sum(losses)) and sum(weights) > 0:
             return
         step = self.replica.step
+        if len(losses) > 1 and step > 0 and not any(map(math.isfinite, losses)):
+            raise TaskError(
+                f"the loss is {losses[0]} on all ranks at step {step + 1}: so were the parameters, by a gradient of step {step} "
+                "that was not finite though the loss was. Look for sqrt, log, norm or a division at 0 in the loss, lower the "
+                "learning rate, or run with torch.autograd.set_detect_anomaly(True) in the task: it names the operation."
+            )
         for rank, loss in zip(self.ranks, losses, strict=True):
             if not math.isfinite(loss):
                 raise TaskError(

@@ -359,11 +359,16 @@ def render_error(error: WeftError) -> RenderableType:
     if isinstance(error, MemberFailed) and error.cause:
         before, found, after = error.message.partition(error.cause)
         cause = before + (found or f"\n{error.cause}")
-    first, *rest = cause.splitlines() or [type(error).__name__]
-    parts = [Text.assemble(("error: ", "bold red"), (first, "red")), *(Text(line) for line in rest)]
-    if isinstance(error, MemberFailed) and error.traceback:
+    first, *more = cause.splitlines() or [type(error).__name__]
+    parts = [Text.assemble(("error: ", "bold red"), (first, "red")), *(Text(line) for line in more)]
+    if isinstance(error, MemberFailed) and error.traceback and not error.page:
         parts.append(_traceback(f"traceback of member {error.member}:", error.traceback))
-    parts += [Text(line, "dim" if line.startswith("(then, because of it") else "") for line in after.split("\n")[1:]]
+    if isinstance(error, MemberFailed) and error.page:
+        parts += [Text(f"  {line}".rstrip(), "dim") for line in error.page.splitlines()]
+    rest = after.split("\n")[1:]
+    if isinstance(error, MemberFailed) and error.page:
+        rest = [line for line in rest if line not in error.page]
+    parts += [Text(line, "dim" if line.startswith("(then, because of it") else "") for line in rest]
     return Group(*parts)
 
 

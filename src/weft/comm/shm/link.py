@@ -165,12 +165,16 @@ class ShmLink(Link):
         traffic, started = self.traffic, time.perf_counter()
         waited = traffic.wait_s
         self._now, self._deadline = plan, started + self.deadline_s
+        if traffic.on_call is not None:
+            traffic.on_call(self._calls + 1, plan.text)
         try:
             result = body(plan, *args)
         except BaseException as error:
             self._leave(error)
             raise
         self._calls += 1
+        if traffic.on_call is not None:
+            traffic.on_call(self._calls, None)
         traffic.busy_s += time.perf_counter() - started - (traffic.wait_s - waited)
         return result
 

@@ -7,6 +7,7 @@ import platform
 import sys
 
 from weft.errors import ConfigError
+from weft.usage import memory_left
 
 LINE = 64  # bytes that the processor moves as one; no two processes write to the same line
 PAGE = mmap.PAGESIZE
@@ -34,7 +35,10 @@ def supported() -> str | None:
 
 
 class Region:
-    """An anonymous map, shared by all that are forked after it was made: it has no name, and is gone with the last."""
+    """An anonymous map, shared by all that are forked after it was made: it has no name, and is gone with the last.
+
+    It takes no room in /dev/shm, which containers often keep to 64 MB.
+    """
 
     def __init__(self, memory: mmap.mmap, world: int, nbytes_per_rank: int) -> None:
         self.memory, self.world, self.nbytes_per_rank = memory, world, nbytes_per_rank
@@ -50,6 +54,8 @@ class Region:
         nbytes_per_rank = align(nbytes_per_rank, PAGE)
         size = PAGE + world * (PAGE + 2 * SLOT + SCRATCH + nbytes_per_rank)
         try:
+            if size > (left := memory_left()):  # the kernel maps it all the same, and kills whoever touches too much
+                raise OSError(f"{left:,} bytes are left")
             memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise ConfigError(
