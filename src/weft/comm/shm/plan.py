@@ -88,7 +88,7 @@ def make_plan(region: Region, rank: int, name: str, argument: str | int, places:
     )
 
 
-class KeptCall(NamedTuple):
+class CallAgain(NamedTuple):
     """``stage`` becomes ``home``; sync; each of ``work`` is called; sync again if a second one is needed."""
 
     plan: Plan
@@ -101,8 +101,11 @@ class KeptCall(NamedTuple):
     second_sync: bool
 
 
+CallsAgain = tuple[CallAgain, CallAgain]  # for even and for odd calls
+
+
 class Kept(NamedTuple):
-    """An all-reduce of one buffer in the heap, to be called again: ``calls`` for even and odd ones.
+    """An all-reduce of one buffer in the heap, to be called again.
 
     ``twin`` shows the memory that the buffer showed then: it may be made to show other memory in place.
     """
@@ -111,35 +114,37 @@ class Kept(NamedTuple):
     twin: torch.Tensor
     op: str
     bytes_sent: int
-    calls: tuple[KeptCall, KeptCall]
+    calls: CallsAgain
 
 
-def keep(region: Region, rank: int, op: str, buffer: torch.Tensor, place: Place, bytes_sent: int) -> Kept:
-    arrays, heap, nbytes = arrays_of(buffer.dtype), region.heap(rank) + place[0], buffer.nbytes
+def calls_again(region: Region, rank: int, op: str, place: Place) -> CallsAgain:
+    offset, shape, dtype = place
+    arrays, heap, nbytes = arrays_of(dtype), region.heap(rank) + offset, shape.numel() * dtype.itemsize
     memory, controls = memoryview(region.memory), [region.control(r) // 8 for r in range(region.world)]
 
     def combining(block: Block) -> Callable[[], object]:
-        if len(block.parts) == 2 and (add := arrays.add_two(op)):
-            return functools.partial(add, *block.parts, block.mine)
+        if len(block.parts) == 2 and (add := arrays.add_two(op)) is not None:
+            first, second = block.parts
+            return functools.partial(add, first, second, block.mine)
         return functools.partial(block.combine, block.parts, block.mine)
 
-    def call(parity: int) -> KeptCall:
+    def call(parity: int) -> CallAgain:
         plan = make_plan(region, rank, "all_reduce", op, [place], parity)
         (only,) = plan.rounds
         told = [(control + ARRIVED, control + SIGNATURE + parity) for control in controls]
         _, my_signature = told.pop(rank)
         if not only.second_sync:
-            slot, into = region.slot(rank, parity), arrays.view(region.memory, heap, buffer.numel())
+            slot, into = region.slot(rank, parity), arrays.view(region.memory, heap, shape.numel())
             stage, home = memory[slot : slot + nbytes], memory[heap : heap + nbytes]
             work = [combining(block._replace(mine=into)) for block in only.blocks]  # the slots hold what it was
-            return KeptCall(plan, plan.signature, my_signature, stage, home, told, work, False)
+            return CallAgain(plan, plan.signature, my_signature, stage, home, told, work, False)
         work = []
         for block in only.blocks:
             work.append(combining(block))
             work += [functools.partial(block.copy, other, block.mine) for other in block.theirs]
-        return KeptCall(plan, plan.signature, my_signature, memory[:0], memory[:0], told, work, True)
+        return CallAgain(plan, plan.signature, my_signature, memory[:0], memory[:0], told, work, True)
 
-    return Kept(buffer, buffer.detach(), op, bytes_sent, (call(0), call(1)))
+    return call(0), call(1)
 
 
 class _Piece(NamedTuple):
