@@ -181,7 +181,7 @@ class _Layout(NamedTuple):
 
 
 def _lay_out(region: Region, places: Sequence[Place], parity: int) -> _Layout:
-    at_home = all(offset >= 0 for offset, _, _ in places)
+    at_home = not region.crowded and all(offset >= 0 for offset, _, _ in places)
     rounds = _pack(dict(enumerate(places)), HOME_SLOT if at_home else SLOT)
     if len(rounds) <= 1:
         return _Layout(True, functools.partial(region.slot, parity=parity), rounds or [[]], [])
