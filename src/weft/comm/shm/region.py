@@ -12,9 +12,7 @@ from weft.errors import ConfigError
 LINE = 64  # bytes that the processor moves as one; no two processes write to the same line
 PAGE = mmap.PAGESIZE
 SLOT = 16 << 10  # a call of at most this many bytes needs one sync
-HOME_SLOT = (
-    2 << 10
-)  # or this many, if all are in the heap: two syncs and no copy take less time, if each rank has a core
+HOME_SLOT = 2 << 10  # or this many, if all are in the heap and each rank has a core: a second sync, but no copies
 SCRATCH = 2 << 20  # tensors outside the heap pass through in pieces of this many bytes
 
 # Words (64 bits) of a rank's control page. SIGNATURE and LENGTH are pairs, as the slots are: one for even calls, one
