@@ -30,6 +30,7 @@ check: $(READY)
 	$(BIN)/pytest -q -m "not slow and not multiprocess"
 
 bench: $(READY)
+	$(BIN)/python bench/allreduce.py --save
 	$(BIN)/python bench/step.py --save
 	$(BIN)/python bench/balance.py --save
 	$(BIN)/python bench/reporting.py --save

@@ -69,6 +69,20 @@ def peer_python() -> str:
     return str(place / "bin" / "python")
 
 
+def peer_extra(name: str) -> str | None:
+    """Install bench/peers/requirements-NAME.txt beside the other peers; if that fails, the end of what pip said."""
+    wanted, ready = PEERS / f"requirements-{name}.txt", PEERS / ".venv" / f".ready-{name}"
+    python = peer_python()
+    if ready.exists() and ready.read_text() == wanted.read_text():
+        return None
+    command = [python, "-m", "pip", "install", "--quiet", "-r", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if done.returncode:
+        return done.stderr.strip()[-500:]
+    ready.write_text(wanted.read_text())
+    return None
+
+
 def machine() -> dict[str, Any]:
     import torch
 

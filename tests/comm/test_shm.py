@@ -123,8 +123,10 @@ def test_sums_in_rank_order(dtype: torch.dtype, numel: int) -> None:
             truth = truth + each.float()
         for where in ("heap", "outside"):
             buffer = place(link, where, given[link.rank])
-            link.all_reduce([buffer])
-            assert torch.equal(buffer, truth.to(dtype))
+            for _ in range(3):  # the later ones as calls that are known
+                buffer.copy_(given[link.rank])
+                link.all_reduce([buffer])
+                assert torch.equal(buffer, truth.to(dtype))
 
     for world in (2, 4):
         values(ranks(world, fn))
@@ -196,10 +198,28 @@ def test_thousands_of_exchanges_with_more_ranks_than_cores() -> None:
             truth = sum(torch.arange(size).add(key + rank).remainder(251) for rank in range(link.world)).float()
             link.all_reduce([buffer])
             assert torch.equal(buffer, truth), key
-            assert len(link._plans) <= MAX_PLANS
+            assert max(map(len, (link._plans, link._kept, link._again))) <= MAX_PLANS
 
     world = 2 * len(os.sched_getaffinity(0))
     values(ranks(world, fn))
+
+
+@pytest.mark.parametrize("numel", [100, 50_000])
+def test_a_buffer_that_shows_other_memory_is_another_call(numel: int) -> None:
+    def fn(link: Link) -> None:
+        heap = link.allocate(3 * numel, torch.float32).fill_(1)
+        buffer = heap[:numel]
+        for _ in range(3):
+            link.all_reduce([buffer])
+        link.all_reduce([buffer], "max")
+        buffer.set_(heap[2 * numel :])  # the same object
+        link.all_reduce([buffer])
+        buffer.resize_(numel // 2)
+        link.all_reduce([buffer])
+        sums = [(heap == value).sum().item() for value in (1, link.world, link.world**2, link.world**3)]
+        assert sums == [numel, numel // 2, numel // 2, numel]
+
+    values(ranks(3, fn))
 
 
 # -- who does what where
@@ -302,6 +322,42 @@ def test_small_buffers_may_lie_anywhere() -> None:
         assert (buffer == link.world).all()
 
     values(ranks(3, fn))
+
+
+@pytest.mark.parametrize("numel", [100, 50_000])
+def test_a_known_call_that_others_do_not_make(numel: int) -> None:
+    def fn(link: Any) -> None:
+        buffer = link.allocate(numel, torch.float32).fill_(link.rank)
+        for _ in range(4):
+            link.all_reduce([buffer])
+        before = buffer.clone()
+        with pytest.raises(Mismatch, match=r"rank 1 called all_reduce\(max\)") as caught:
+            link.all_reduce([buffer], "max" if link.rank == 1 else "sum")
+        assert caught.value.ranks == (1,)
+        assert torch.equal(buffer, before)
+        with pytest.raises(Mismatch, match="of no more use"):
+            link.all_reduce([buffer])
+
+    values(ranks(3, fn))
+
+
+@pytest.mark.parametrize("numel", [100, 50_000])
+def test_a_rank_lost_before_a_known_call_is_named_at_once(numel: int) -> None:
+    def fn(link: Any) -> float:
+        buffer = link.allocate(numel, torch.float32)
+        for _ in range(4):
+            link.all_reduce([buffer])
+        if link.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin = time.monotonic()
+        with pytest.raises(PeerLost, match="rank 1 ") as caught:
+            link.all_reduce([buffer])
+        assert caught.value.ranks == (1,)
+        return time.monotonic() - begin
+
+    first, lost, third = ranks(3, fn)
+    assert lost.died
+    assert max(first.get(), third.get()) < DEADLINE_S / 2
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["seen by the others", "marked by the supervisor"])

@@ -25,6 +25,9 @@ class Arrays(NamedTuple):
     empty: Callable[[int], Array]
     copy: Callable[[Array, Array], Any]  # (into, from)
     combine: Callable[[str], Combine]  # of an op
+    add_two: Callable[
+        [str], Callable[[Array, Array, Array], Any] | None
+    ]  # of an op: the third becomes the first two, combined
 
 
 @functools.cache
@@ -65,6 +68,7 @@ def _numpy_arrays(dtype: torch.dtype) -> Arrays:
         empty=lambda numel: np.empty(numel, kind),
         copy=np.copyto,
         combine=combine,
+        add_two=lambda op: np.add if op == "sum" else np.maximum,
     )
 
 
@@ -95,6 +99,7 @@ def _torch_arrays(dtype: torch.dtype) -> Arrays:
         empty=lambda numel: torch.empty(numel, dtype=dtype),
         copy=torch.Tensor.copy_,
         combine=combine,
+        add_two=lambda op: None,
     )
 
 

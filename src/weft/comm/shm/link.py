@@ -8,13 +8,14 @@ import os
 import select
 import time
 from collections.abc import Callable, Hashable, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
 from weft.comm.link import DEADLINE_S, Link, Op, Traffic
 from weft.comm.shm.arrays import Array, arrays_of, flat_of, name_of, write_back
-from weft.comm.shm.plan import OUTSIDE, SCATTERED, Plan, make_plan
+from weft.comm.shm.plan import OUTSIDE, SCATTERED, CallsAgain, Kept, Plan, calls_again, make_plan
 from weft.comm.shm.region import (
     ARRIVED,
     BROKEN,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SPINS = 2000  # looks at a counter, about 60 us in all, before the core is offered to others
+GLANCES = 12  # of these looks before the clock is asked; half a microsecond
 YIELD_S = 2e-3  # then this long of sched_yield, then naps
 NAP_S = 50e-6
 MAX_PLANS = 256
@@ -72,6 +74,8 @@ class ShmLink(Link):
         self._calls = self._syncs = self._passed = 0  # _passed: the syncs to which all have come
         self._deadline = 0.0
         self._plans: dict[Hashable, Plan] = {}
+        self._kept: dict[int, Kept] = {}  # by the id of a buffer in the heap, which each keeps alive
+        self._again: dict[Hashable, CallsAgain] = {}
         self._now = Plan("no call")  # the call under way
         self._said: list[Plan | None] = [None, None]  # whose texts stand in the control page
         self._error: CommError | None = None
@@ -88,9 +92,15 @@ class ShmLink(Link):
         return torch.frombuffer(self.region.memory, dtype=dtype, count=numel, offset=offset)
 
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
+        if len(buffers) == 1 and (kept := self._kept.get(id(buffers[0]))) is not None:
+            if kept[1].is_set_to(buffers[0]) and kept[2] == op and self._error is None:
+                self._all_reduce_again(kept)
+                return
         if op not in ("sum", "max"):
             raise ValueError(f"op {op!r} is not known: use 'sum' or 'max'")
         self.traffic.bytes_sent += self.all_reduce_bytes(self._exchange("all_reduce", op, buffers))
+        if len(buffers) == 1 and self.world > 1:
+            self._keep(buffers[0], op)
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         if not 0 <= root < self.world:
@@ -127,6 +137,8 @@ class ShmLink(Link):
             self._words[self._mine + CLOSED] = 1
             self._error = CommError("it was closed")
         self._plans.clear()
+        self._kept.clear()
+        self._again.clear()
 
     # -- calls
 
@@ -143,6 +155,77 @@ class ShmLink(Link):
         for i in plan.scattered:
             write_back(buffers[i], arrays[i])
         return plan.nbytes
+
+    def _keep(self, buffer: torch.Tensor, op: Op) -> None:
+        """See to it that the same call takes less time when it comes again."""
+        place = (self._place(buffer), buffer.shape, buffer.dtype)
+        if place[0] < 0 or not buffer.numel():
+            return
+        if (calls := self._again.get((op, place))) is None:
+            if len(self._again) >= MAX_PLANS:
+                self._again.clear()
+            calls = self._again[op, place] = calls_again(self.region, self.rank, op, place)
+        if len(self._kept) >= MAX_PLANS:
+            self._kept.clear()
+        sent = self.all_reduce_bytes(buffer.nbytes)
+        self._kept[id(buffer)] = Kept(buffer, buffer.detach(), op, sent, calls)
+
+    def _all_reduce_again(self, kept: Kept) -> None:
+        """What ``_exchange`` comes to once all is known, in one piece: a small call takes little longer than Python does.
+
+        Of the time, only waiting that is more than a glance is counted, and what follows it in a call with two syncs.
+        """
+        words, traffic, parity = self._words, self.traffic, self._calls & 1
+        self._now, signature, my_signature, stage, home, others, work, second_sync = kept[4][parity]
+        if traffic.on_call is not None:
+            traffic.on_call(self._calls + 1, self._now.text)
+        try:
+            if self._said[parity] is not self._now:
+                self._say()
+            stage[:] = home
+            words[my_signature] = signature
+            self._syncs = words[self._mine + ARRIVED] = target = self._syncs + 1
+            agreed = True
+            for arrived, their_signature in others:
+                looks = GLANCES
+                while words[arrived] < target:
+                    if looks:
+                        looks -= 1
+                        continue
+                    before = perf_counter()
+                    self._deadline = before + self.deadline_s
+                    self._wait(arrived, target)
+                    traffic.waited(before, perf_counter())
+                if words[their_signature] != signature:
+                    agreed = False
+            if words[BROKEN]:
+                self._heed_who_gave_up()
+            self._passed = target
+            if not agreed:
+                self._raise_mismatch()
+            if second_sync:
+                self._work_and_sync(work)
+            else:
+                for step in work:
+                    step()
+        except BaseException as error:
+            self._leave(error)
+            raise
+        self._calls += 1
+        traffic.messages += 1
+        traffic.bytes_sent += kept[3]
+        if traffic.on_call is not None:
+            traffic.on_call(self._calls, None)
+
+    def _work_and_sync(self, work: Sequence[Callable[[], object]]) -> None:
+        words, traffic, began = self._words, self.traffic, perf_counter()
+        self._deadline = began + self.deadline_s
+        for step in work:
+            if words[BROKEN]:
+                self._heed_who_gave_up()
+            step()
+        self._sync()
+        traffic.busy_s += perf_counter() - began
 
     def _place(self, buffer: torch.Tensor) -> int:
         if not buffer.is_contiguous():
@@ -162,7 +245,7 @@ class ShmLink(Link):
         """``body(plan, *args)`` as one call: timed, numbered, and the link's last one if it fails."""
         if self._error is not None:
             raise type(self._error)(f"{plan.text}: this link is of no more use: {self._error}", self._error.ranks)
-        traffic, started = self.traffic, time.perf_counter()
+        traffic, started = self.traffic, perf_counter()
         waited = traffic.wait_s
         self._now, self._deadline = plan, started + self.deadline_s
         if traffic.on_call is not None:
@@ -175,7 +258,7 @@ class ShmLink(Link):
         self._calls += 1
         if traffic.on_call is not None:
             traffic.on_call(self._calls, None)
-        traffic.busy_s += time.perf_counter() - started - (traffic.wait_s - waited)
+        traffic.busy_s += perf_counter() - started - (traffic.wait_s - waited)
         return result
 
     def _do_rounds(self, plan: Plan, arrays: list[Array]) -> None:
@@ -231,15 +314,20 @@ class ShmLink(Link):
         """The first sync of a call: say what is called, wait for all, see that all call the same."""
         plan, words, parity = self._now, self._words, self._calls & 1
         if self._said[parity] is not plan:
-            self.region.write_text(self.rank, TEXT + parity * TEXT_BYTES, plan.text.encode()[: TEXT_BYTES - 1])
-            self._said[parity] = plan
+            self._say()
         words[self._mine + SIGNATURE + parity] = plan.signature
-        before = time.perf_counter()
+        before = perf_counter()
         self._sync()
-        self.traffic.waited(before, time.perf_counter())
+        self.traffic.waited(before, perf_counter())
         for control in self._others:
             if words[control + SIGNATURE + parity] != plan.signature:
                 self._raise_mismatch()
+
+    def _say(self) -> None:
+        """What we call, into our control page."""
+        plan, parity = self._now, self._calls & 1
+        self.region.write_text(self.rank, TEXT + parity * TEXT_BYTES, plan.text.encode()[: TEXT_BYTES - 1])
+        self._said[parity] = plan
 
     def _sync(self) -> None:
         """Count up, and wait until all others have."""
@@ -259,11 +347,11 @@ class ShmLink(Link):
         for _ in range(self._spins):
             if words[counter] >= target:
                 return
-        nap_from = time.perf_counter() + YIELD_S
+        nap_from = perf_counter() + YIELD_S
         while words[counter] < target:
             if words[BROKEN]:
                 self._heed_who_gave_up()
-            now = time.perf_counter()
+            now = perf_counter()
             self._look_for_missing(target, long=now > nap_from, late=now > self._deadline)
             if now < nap_from:
                 os.sched_yield()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weft.comm.shm.arrays import BLOCK, Array, Combine, arrays_of, name_of
-from weft.comm.shm.region import LINE, SCRATCH, SLOT, Region, align
+from weft.comm.shm.region import ARRIVED, HOME_SLOT, LINE, SCRATCH, SIGNATURE, SLOT, Region, align
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,65 @@ def make_plan(region: Region, rank: int, name: str, argument: str | int, places:
     )
 
 
+class CallAgain(NamedTuple):
+    """``stage`` becomes ``home``; sync; each of ``work`` is called; sync again if a second one is needed."""
+
+    plan: Plan
+    signature: int
+    my_signature: int  # where it is told: a word, as those of the others
+    stage: memoryview
+    home: memoryview
+    others: Sequence[tuple[int, int]]  # of each: where it counts up, where it tells its signature
+    work: Sequence[Callable[[], object]]
+    second_sync: bool
+
+
+CallsAgain = tuple[CallAgain, CallAgain]  # for even and for odd calls
+
+
+class Kept(NamedTuple):
+    """An all-reduce of one buffer in the heap, to be called again.
+
+    ``twin`` shows the memory that the buffer showed then: it may be made to show other memory in place.
+    """
+
+    buffer: torch.Tensor  # kept, so that no other has its id
+    twin: torch.Tensor
+    op: str
+    bytes_sent: int
+    calls: CallsAgain
+
+
+def calls_again(region: Region, rank: int, op: str, place: Place) -> CallsAgain:
+    offset, shape, dtype = place
+    arrays, heap, nbytes = arrays_of(dtype), region.heap(rank) + offset, shape.numel() * dtype.itemsize
+    memory, controls = memoryview(region.memory), [region.control(r) // 8 for r in range(region.world)]
+
+    def combining(block: Block) -> Callable[[], object]:
+        if len(block.parts) == 2 and (add := arrays.add_two(op)) is not None:
+            first, second = block.parts
+            return functools.partial(add, first, second, block.mine)
+        return functools.partial(block.combine, block.parts, block.mine)
+
+    def call(parity: int) -> CallAgain:
+        plan = make_plan(region, rank, "all_reduce", op, [place], parity)
+        (only,) = plan.rounds
+        told = [(control + ARRIVED, control + SIGNATURE + parity) for control in controls]
+        _, my_signature = told.pop(rank)
+        if not only.second_sync:
+            slot, into = region.slot(rank, parity), arrays.view(region.memory, heap, shape.numel())
+            stage, home = memory[slot : slot + nbytes], memory[heap : heap + nbytes]
+            work = [combining(block._replace(mine=into)) for block in only.blocks]  # the slots hold what it was
+            return CallAgain(plan, plan.signature, my_signature, stage, home, told, work, False)
+        work = []
+        for block in only.blocks:
+            work.append(combining(block))
+            work += [functools.partial(block.copy, other, block.mine) for other in block.theirs]
+        return CallAgain(plan, plan.signature, my_signature, memory[:0], memory[:0], told, work, True)
+
+    return call(0), call(1)
+
+
 class _Piece(NamedTuple):
     buffer: int
     part: slice  # of the buffer's elements
@@ -122,16 +181,17 @@ class _Layout(NamedTuple):
 
 
 def _lay_out(region: Region, places: Sequence[Place], parity: int) -> _Layout:
-    rounds = _pack(dict(enumerate(places)), SLOT)
+    at_home = not region.crowded and all(offset >= 0 for offset, _, _ in places)
+    rounds = _pack(dict(enumerate(places)), HOME_SLOT if at_home else SLOT)
     if len(rounds) <= 1:
         return _Layout(True, functools.partial(region.slot, parity=parity), rounds or [[]], [])
-    at_home = []
+    streams = []
     for buffer, (offset, shape, dtype) in enumerate(places):
         if offset >= 0:
-            at_home.append(_Stream(dtype, offset))
-            at_home[-1].add(buffer, slice(0, shape.numel()))
+            streams.append(_Stream(dtype, offset))
+            streams[-1].add(buffer, slice(0, shape.numel()))
     rounds = _pack({i: place for i, place in enumerate(places) if place[0] < 0}, SCRATCH)
-    return _Layout(False, region.scratch, rounds or [[]], at_home)
+    return _Layout(False, region.scratch, rounds or [[]], streams)
 
 
 def _pack(places: dict[int, Place], room: int) -> list[list[_Stream]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 import sys
 
@@ -12,6 +13,7 @@ from weft.usage import memory_left
 LINE = 64  # bytes that the processor moves as one; no two processes write to the same line
 PAGE = mmap.PAGESIZE
 SLOT = 16 << 10  # a call of at most this many bytes needs one sync
+HOME_SLOT = 2 << 10  # or this many, if all are in the heap and each rank has a core: a second sync, but no copies
 SCRATCH = 2 << 20  # tensors outside the heap pass through in pieces of this many bytes
 
 # Words (64 bits) of a rank's control page. SIGNATURE and LENGTH are pairs, as the slots are: one for even calls, one
@@ -42,6 +44,7 @@ class Region:
 
     def __init__(self, memory: mmap.mmap, world: int, nbytes_per_rank: int) -> None:
         self.memory, self.world, self.nbytes_per_rank = memory, world, nbytes_per_rank
+        self.crowded = world > len(os.sched_getaffinity(0))  # found before the fork: all ranks must see it alike
         self.words = memoryview(memory).cast("q")  # a word is loaded or stored whole, never torn
 
     @classmethod
