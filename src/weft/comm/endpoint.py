@@ -126,6 +126,8 @@ class Endpoint(ABC):
         self._lost: dict[int, Lost] = {}
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
         self._place_any: Place | None = None
+        #: Hears of a frame that has come and that nobody takes; it may raise.
+        self.on_unclaimed: Callable[[int, Head], None] | None = None
 
     # What a carrier brings
 
@@ -204,7 +206,7 @@ class Endpoint(ABC):
         handles: Iterable[Sending | Receiving],
         until: float,
         watch: Collection[int] = (),
-        doing: str = "an exchange",
+        doing: object = "an exchange",
     ) -> None:
         """Until all are done, or ``until`` (time.monotonic) has come, or a peer that is needed is lost.
 
@@ -232,7 +234,7 @@ class Endpoint(ABC):
                     posted.remove(receiving)
             raise
 
-    def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: str) -> None:
+    def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: object) -> None:
         if not self._lost:
             return
         gone = [lost for peer, lost in sorted(self._lost.items()) if peer in watch or peer in needed]
@@ -246,7 +248,7 @@ class Endpoint(ABC):
             raise PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
 
     def _late(
-        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: str
+        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: object
     ) -> DeadlineExceeded:
         silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
         ranks = tuple(sorted(silent or needed))
@@ -282,6 +284,8 @@ class Endpoint(ABC):
         elif self._place_any is not None:
             receiving = _ReceivingAny(peer, self._place_any, self._events)
         else:
+            if self.on_unclaimed is not None:
+                self.on_unclaimed(peer, head)
             return None
         receiving.begin(head)
         return receiving
