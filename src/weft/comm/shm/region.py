@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import platform
 import sys
 
@@ -41,8 +42,11 @@ class Region:
         self.words = memoryview(memory).cast("q")  # a word is loaded or stored whole, never torn
 
     @classmethod
-    def create(cls, world: int, nbytes_per_rank: int) -> Region:
-        """Room for ``world`` ranks with a heap of ``nbytes_per_rank`` each. A page takes memory when first touched."""
+    def create(cls, world: int, nbytes_per_rank: int, fd: int = -1) -> Region:
+        """Room for ``world`` ranks with a heap of ``nbytes_per_rank`` each. A page takes memory when first touched.
+
+        ``fd``: of a memory file that others map, too, who are no children of ours.
+        """
         if reason := supported():
             raise ConfigError(f"{reason}: use --link tcp")
         if world < 1 or nbytes_per_rank < 0:
@@ -50,7 +54,9 @@ class Region:
         nbytes_per_rank = align(nbytes_per_rank, PAGE)
         size = PAGE + world * (PAGE + 2 * SLOT + SCRATCH + nbytes_per_rank)
         try:
-            memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+            if fd >= 0:
+                os.ftruncate(fd, size)
+            memory = mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0))
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"cannot map {size:,} bytes of shared memory for {world} ranks ({error}): "
