@@ -82,6 +82,12 @@ Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp,
 Port = Annotated[
     int, typer.Option(help="with --link tcp: worker r listens on port + r of the loopback address (0: any free)")
 ]
+Collective = Annotated[
+    str,
+    typer.Option(
+        help="how messages all-reduce (--link tcp): direct, tree, ring, halving, or auto: by size, world and the link's speed"
+    ),
+]
 Threads = Annotated[int, typer.Option(help="compute threads of each worker")]
 Deadline = Annotated[
     float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails")
@@ -133,6 +139,7 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         compress: Compress = None,
         link: Link = "auto",
         port: Port = 0,
+        collective: Collective = "auto",
         threads: Threads = 1,
         deadline_s: Deadline = 60.0,
         save_every: SaveEvery = None,
@@ -165,7 +172,20 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
 
 #: Of the arguments of a training command, those that are fields of Config by the same name.
 SETTINGS = (
-    *("workers", "steps", "epochs", "batch", "seed", "dtype", "device", "partition", "balance", "link", "port"),
+    *(
+        "workers",
+        "steps",
+        "epochs",
+        "batch",
+        "seed",
+        "dtype",
+        "device",
+        "partition",
+        "balance",
+        "link",
+        "port",
+        "collective",
+    ),
     *(
         "threads",
         "deadline_s",
@@ -212,6 +232,7 @@ def resume(
     balance: Annotated[str | None, typer.Option(help="another way to share a batch: none or auto")] = None,
     link: Annotated[str | None, typer.Option(help="another carrier")] = None,
     port: Annotated[int | None, typer.Option(help="another first port for --link tcp")] = None,
+    collective: Annotated[str | None, typer.Option(help="another way to all-reduce by messages")] = None,
     threads: Annotated[int | None, typer.Option(help="compute threads of each worker")] = None,
     save_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
     eval_every: Annotated[int | None, typer.Option(help="steps between evaluations")] = None,
@@ -237,6 +258,7 @@ def resume(
             balance=balance,
             link=link,
             port=port,
+            collective=collective,
             threads=threads,
             save_every=save_every,
             eval_every=eval_every,

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping
 
 from weft.config import Config
+from weft.cost import AUTO, COLLECTIVES, HIERARCHICAL, MESSAGE_CARRIERS
 from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, Incompatible, UnknownName
 from weft.patterns import registry
 
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
-LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc")
+LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc", "hierarchical")
 BALANCES = ("none", "auto")
 MAX_WORKERS = 4096
 #: Pattern -> (its option that is a pattern, what may stand there, why nothing else).
@@ -28,6 +29,7 @@ def check(config: Config) -> None:
         ("device", config.device, DEVICES),
         ("link", config.link, LINKS),
         ("balance", config.balance, BALANCES),
+        ("collective", config.collective, (AUTO, *COLLECTIVES)),
     ):
         if value not in choices:
             raise UnknownName.of(what, str(value), choices)
@@ -68,6 +70,7 @@ def check(config: Config) -> None:
             raise Incompatible(
                 f"port={config.port} says where workers listen, and link {config.link!r} has no ports: add --link tcp."
             )
+    check_collective(config.collective, config.link)
     if not -1 <= config.metrics_port <= 65535:
         raise ConfigError(
             f"metrics_port={config.metrics_port} is not possible: give 1 to 65535, 0 for any free port, -1 for none."
@@ -76,7 +79,7 @@ def check(config: Config) -> None:
         raise Incompatible(
             "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."
         )
-    if config.device == "cuda" and config.link in ("shm", "tcp", "inproc"):
+    if config.device == "cuda" and config.link in ("shm", "tcp", "inproc", HIERARCHICAL):
         raise Incompatible(f"link {config.link!r} moves data in main memory, and the device is cuda: use --link nccl.")
     if config.cluster == "torchrun" and config.restarts:
         raise Incompatible(
@@ -93,6 +96,20 @@ def check(config: Config) -> None:
         )
     if config.balance == "auto":
         _check_balance(config)
+
+
+def check_collective(collective: str, carrier: str) -> None:
+    """``carrier``: the one asked for, or chosen; ``auto`` is judged again when it has become one."""
+    if collective == AUTO or carrier in (AUTO, HIERARCHICAL, *MESSAGE_CARRIERS):
+        return
+    if carrier == "none":
+        raise Incompatible(
+            f"collective {collective!r} joins workers, and there is only one: leave --collective out, or use more workers."
+        )
+    raise Incompatible(
+        f"collective {collective!r} says how messages travel, and link {carrier!r} has a way of its own: add --link tcp, or leave "
+        "--collective out."
+    )
 
 
 def _check_balance(config: Config) -> None:

@@ -39,6 +39,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     balance: str = "none"
     link: str = "auto"
     port: int = 0
+    collective: str = "auto"  # how messages all-reduce
     threads: int = 1
     deadline_s: float = 60.0
     save_every: int | None = None  # None: a tenth of the run, 25 at least; 0: only at the end

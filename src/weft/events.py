@@ -2,6 +2,7 @@
 
 Kinds and their ``values``:
   plan      text; the whole plan is in plan.json
+  collective by group ("collective", "collective of island"): how messages all-reduce, by size, and why
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
             step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), data_s

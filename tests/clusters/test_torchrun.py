@@ -115,6 +115,23 @@ def test_what_contradicts_torchrun_is_refused(
         weft.run("digits-mlp", **settings)
 
 
+@pytest.mark.parametrize(
+    ("local_world", "world", "carrier"), [("2", "4", "hierarchical"), ("1", "4", "gloo"), ("2", "2", "gloo")]
+)
+def test_several_hosts_with_several_workers_share_memory_by_default(
+    local_world: str, world: str, carrier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (WHOLE | {"LOCAL_WORLD_SIZE": local_world, "LOCAL_RANK": "0", "WORLD_SIZE": world}).items():
+        monkeypatch.setenv(key, value)
+    cluster = pick_cluster("torchrun")
+    assert cluster.default_carrier(int(world), "cpu")[0] == carrier
+    assert cluster.default_carrier(int(world), "cuda")[0] == "nccl"
+    cluster.check(carrier)
+    if local_world == world:
+        with pytest.raises(Incompatible, match="several hosts"):
+            cluster.check("hierarchical")
+
+
 @pytest.mark.parametrize("link", ["shm", "tcp", "inproc"])
 def test_links_within_one_launcher_are_refused(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in WHOLE.items():
@@ -225,13 +242,15 @@ def test_one_host_ends_with_the_parameters_of_local(tmp_path: Path, truth: dict,
     assert_bit_equal(tmp_path / "run", truth)
 
 
-def on_two_hosts(pair: list[Host], arguments_: list[str], *options: str) -> Iterator[subprocess.Popen[str]]:
+def on_two_hosts(
+    pair: list[Host], arguments_: list[str], *options: str, nproc: int = 1
+) -> Iterator[subprocess.Popen[str]]:
     """torchrun on each; the names of these hosts are not known to each other, so addresses are given."""
     for k, host in enumerate(pair):
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{pair[0].address}:29400", "--rdzv-id", "two"]
         conf = ["--rdzv-conf", f"is_host={int(k == 0)}", "--local-addr", host.address]
         yield host.popen(
-            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *meet, *conf, *options, "-m", "weft", *arguments_],
+            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(nproc), *meet, *conf, *options, *arguments_],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -246,7 +265,7 @@ needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"
 @pytest.mark.multiprocess
 def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict) -> None:
     with hosts(2, rate="100mbit") as pair:
-        here, there = on_two_hosts(pair, weft_run(tmp_path / "run", "--json", "--insecure"))
+        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run", "--json", "--insecure")])
         (code, out, err), (other_code, other_out, other_err) = finished(here), finished(there)
         assert (code, other_code) == (0, 0), err + other_err
     printed = [text for text in (out, other_out) if text.strip()]  # either host may get rank 0
@@ -261,7 +280,7 @@ def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict)
 @pytest.mark.multiprocess
 def test_two_hosts_need_consent(tmp_path: Path) -> None:
     with hosts(2) as pair:
-        here, there = on_two_hosts(pair, weft_run(tmp_path / "run"))
+        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run")])
         (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
     assert code != 0
     assert other_code != 0
@@ -275,7 +294,7 @@ def test_two_hosts_need_consent(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_a_host_that_is_lost_ends_the_run_on_the_other(tmp_path: Path) -> None:
     with hosts(2) as pair:
-        here, there = on_two_hosts(pair, weft_run(tmp_path / "run", "--insecure", steps=200000))
+        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run", "--insecure", steps=200000)])
         wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*")), here)
         everyone = psutil.Process(there.pid).children(recursive=True)
         rank_there = ranks_of(there).popitem()[0]
@@ -286,6 +305,44 @@ def test_a_host_that_is_lost_ends_the_run_on_the_other(tmp_path: Path) -> None:
     assert code != 0
     gone = rf"the process of rank {rank_there}, which torchrun|rank 0's process, which drives the run, is gone"
     assert re.search(gone + "|worker . failed", err)
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("collective", ["auto", "tree"])
+def test_two_hosts_with_two_workers_each_end_with_the_parameters_of_local(
+    tmp_path: Path, truth: dict, collective: str
+) -> None:
+    with hosts(2) as pair:
+        command = weft_run(tmp_path / "run", "--insecure", collective=collective)
+        here, there = on_two_hosts(pair, ["-m", "weft", *command], nproc=2)
+        (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
+        assert (code, other_code) == (0, 0), err + other_err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["choices"]["link"].startswith("hierarchical (several hosts")
+    assert plan["choices"]["collective"].startswith(collective)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
+    sent = json.loads((tmp_path / "run" / "result.json").read_text())["bytes_sent"]
+    assert sent == pytest.approx(60 * 4 * plan["links"][0]["bytes_per_step"], rel=0.05)
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_worker_killed_on_one_host_is_named_on_the_other(tmp_path: Path) -> None:
+    """Its rank is not its place on its host."""
+    with hosts(2) as pair:
+        command = program(
+            tmp_path, run_dir=str(tmp_path / "run"), insecure=True, kills=[{"rank": 3, "step": 31}], deadline_s=20
+        )
+        here, there = on_two_hosts(pair, command, nproc=2)
+        (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
+    assert code != 0
+    assert other_code != 0
+    assert "worker 3 failed" in err + other_err
+    failed = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "failed"]
+    assert [e.member for e in failed] == [3]
 
 
 #: A user's own program, which every process runs; slow enough to be hit in the middle.

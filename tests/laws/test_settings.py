@@ -34,6 +34,7 @@ CHANGES: dict[str, Any] = {
     "balance": "auto",
     "link": "inproc",
     "port": 4711,
+    "collective": "ring",
     "threads": 2,
     "deadline_s": 7.0,
     "save_every": 2,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.comm.last_call import LastCall
 from weft.comm.link import WORLD
-from weft.cost import LinkSpeed
+from weft.cost import AUTO, LinkSpeed
 from weft.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class LinkSpec:
     """How the members of one group are joined. ``nbytes``: what one member allocates in the carrier (shared memory).
 
     A member may stand in several groups (all workers; its island), in one of each name.
+    ``speed`` and ``collective`` are the same for all: the choices that follow from them must be.
     ``host``: the address where this member listens. ``store``: where gloo and nccl meet (None: a file of this host).
     """
 
@@ -48,6 +49,8 @@ class LinkSpec:
     group: str = WORLD
     members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
     speed: LinkSpeed | None = None  # of the slowest way between two of them, where it was measured
+    collective: str = AUTO  # how messages all-reduce
+    hosts: tuple[tuple[int, ...], ...] = ()  # hierarchical: its ranks by host
 
     def rank_of(self, member: int) -> int | None:
         """None if the member is not of this group."""
@@ -151,6 +154,7 @@ class Session(ABC):
     launch: str = ""  # names what an outer launcher started, the same after it has restarted us; "": there is none
     restart: int = 0  # how often it did
     notes: tuple[str, ...] = ()  # for the plan
+    hosts: tuple[tuple[int, ...], ...] = ()  # the members on each, where the processes stand on several
 
     def join(self, request: Mapping[str, str], deadline_s: float, insecure: bool) -> bool:
         """Meet the other processes; all must have the same ``request``. True: drive the run. False: ``follow``."""

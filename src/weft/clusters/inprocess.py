@@ -150,7 +150,8 @@ class InProcessSession(Session):
         from weft.comm.collectives import RingLink
 
         endpoints = inproc_endpoints(spec.world, baton=baton, deadline_s=spec.deadline_s)
-        return [RingLink(e, e.member, spec.world, carrier="inproc", deadline_s=spec.deadline_s) for e in endpoints]
+        chosen: dict[str, Any] = {"collective": spec.collective, "speed": spec.speed}
+        return [RingLink(e, e.member, spec.world, "inproc", spec.deadline_s, **chosen) for e in endpoints]
 
     def _live(self, spec: MemberSpec, links: Mapping[str, Link], baton: Baton) -> None:
         error: dict[str, Any] | None = None

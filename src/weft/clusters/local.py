@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from weft.clusters.base import Cluster
 from weft.clusters.processes import ProcessSession
+from weft.cost import HIERARCHICAL
 from weft.errors import Incompatible
 
 
@@ -18,6 +19,8 @@ class Local(Cluster):
     def check(self, carrier: str) -> None:
         if carrier == "inproc":
             raise Incompatible("link 'inproc' joins threads, not processes: use --cluster inprocess, or --link shm.")
+        if carrier == HIERARCHICAL:
+            raise Incompatible("link 'hierarchical' joins several hosts, and there is one: use --link shm.")
         if carrier == "shm":
             from weft.comm.shm import supported
 

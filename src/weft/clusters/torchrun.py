@@ -42,6 +42,7 @@ from weft.clusters.base import (
 from weft.clusters.pipe import LIMIT, Closed, Pipe
 from weft.clusters.processes import ProcessSession, translate
 from weft.clusters.zygote import STOP, die_with_parent, encode_start
+from weft.cost import HIERARCHICAL
 from weft.errors import CommError, ConfigError, DeadlineExceeded, Incompatible, MemberFailed, from_wire, to_wire
 
 MARK = "TORCHELASTIC_RUN_ID"  # who has it was started by torchrun
@@ -198,6 +199,7 @@ class Leader(TorchrunSession):
         super().__init__(place, preload)
         self._others: dict[int, Pipe] = {}
         self._alive: set[int] = set()  # ranks whose member runs
+        self._first: dict[int, int] = {0: 0}  # of each rank, the first rank on its host
         self._token = secrets.token_hex(16)
         self._starts = itertools.count()
 
@@ -215,6 +217,8 @@ class Leader(TorchrunSession):
             requests = self._gather(listener, answer, until, deadline_s)
         if words := differences(request, requests):
             raise ConfigError(words)
+        by_host = itertools.groupby(sorted(self._first), key=lambda rank: self._first[rank])
+        self.hosts = tuple(tuple(ranks) for _, ranks in by_host)
         return True
 
     def _publish(self, where: str, deadline_s: float) -> None:
@@ -255,6 +259,7 @@ class Leader(TorchrunSession):
                         strangers.remove(stranger)
                         self._others[hello.rank] = stranger
                         requests[hello.rank] = hello.request
+                        self._first[hello.rank] = hello.rank - hello.local_rank  # torchrun counts host by host
                         self._tell(stranger, {"answer": answer})
                 if listener in ready:
                     if len(strangers) == MAX_STRANGERS:
@@ -379,6 +384,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     token: str
     rank: int
+    local_rank: int
     request: dict[str, str]
 
 
@@ -411,7 +417,7 @@ class Follower(TorchrunSession):
             raise Closed(f"the store names {where.host}, and this run stays on the loopback address")
         pipe = Pipe(_ready(socket.create_connection((where.host, where.port), timeout=HELLO_S), deadline_s))
         try:
-            pipe.send(msgspec.to_builtins(Hello(where.token, self.place.rank, dict(request))))
+            pipe.send(msgspec.to_builtins(Hello(where.token, self.place.rank, self.place.local_rank, dict(request))))
             if not pipe.ready(HELLO_S) or not (said := pipe.read()) or said[0] != {"answer": where.answer}:
                 raise Closed("who listens there is not rank 0")
             self._early = said[1:]
@@ -543,15 +549,24 @@ class Torchrun(Cluster):
         return (Leader if self.place.rank == 0 else Follower)(self.place, preload)
 
     def check(self, carrier: str) -> None:
+        if carrier == HIERARCHICAL and not self.place.on_one_host:
+            return
         if carrier not in ("gloo", "nccl", "none"):
             raise Incompatible(
-                f"link {carrier!r} joins processes of one launcher, and torchrun started these apart: use --link gloo, or nccl on "
-                "GPUs, or leave it out."
+                f"link {carrier!r} joins processes of one launcher, and torchrun started these apart: use --link gloo, nccl on "
+                "GPUs, hierarchical where there are several hosts, or leave it out."
             )
 
     def default_carrier(self, world: int, device: str) -> tuple[str, str]:
         if world == 1:
             return "none", "one worker has nobody to talk to"
+        from weft.comm.shm import supported
+
         if device == "cuda":
             return "nccl", "gradients on GPUs"
+        if 1 < self.place.local_world < world and supported() is None:
+            return (
+                HIERARCHICAL,
+                "several hosts with several workers each: shared memory within a host, tcp between them",
+            )
         return "gloo", "processes that torchrun started, found by its rendezvous"

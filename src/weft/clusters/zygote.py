@@ -83,17 +83,36 @@ class Transport:
         if spec.carrier == "shm":
             from weft.comm.shm import ShmLink
 
-            return ShmLink(self.region, rank, deadline_s=spec.deadline_s)
+            return ShmLink(self.region, rank, spec.deadline_s, members=spec.members)
         if spec.carrier == "tcp":
             from weft.comm.collectives import RingLink
             from weft.comm.tcp import TcpEndpoint
 
-            addresses = {r: listener.getsockname()[:2] for r, listener in enumerate(self.listeners)}
+            members = spec.members or tuple(range(spec.world))
+            addresses = {m: listener.getsockname()[:2] for m, listener in zip(members, self.listeners, strict=True)}
             for other, listener in enumerate(self.listeners):
                 if other != rank:
                     listener.close()
-            endpoint = TcpEndpoint(rank, self.listeners[rank], addresses, spec.deadline_s)
-            return RingLink(endpoint, rank, spec.world, carrier="tcp", deadline_s=spec.deadline_s)
+            endpoint = TcpEndpoint(members[rank], self.listeners[rank], addresses, spec.deadline_s)
+            chosen: dict[str, Any] = {"collective": spec.collective, "speed": spec.speed}
+            return RingLink(endpoint, rank, spec.world, "tcp", spec.deadline_s, members=members, **chosen)
+        if spec.carrier == "hierarchical":
+            from weft.comm.hierarchical import join_hosts
+            from weft.comm.torchdist import connect_store
+
+            assert spec.store is not None
+            at = spec.store
+            return join_hosts(
+                rank,
+                spec.hosts,
+                connect_store(at.host, at.port, prefix=at.prefix, deadline_s=spec.deadline_s),
+                address=spec.host,
+                nbytes=spec.nbytes,
+                deadline_s=spec.deadline_s,
+                members=spec.members,
+                collective=spec.collective,
+                speed=spec.speed,
+            )
         if spec.carrier == "none":
             from weft.comm.link import SoloLink
 

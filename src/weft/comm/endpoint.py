@@ -148,6 +148,8 @@ class Endpoint(ABC):
         self._silent: set[int] = set()  # those told of
         self._look_again = 0.0
         self._place_any: Place | None = None
+        #: Hears of a frame that has come and that nobody takes; it may raise.
+        self.on_unclaimed: Callable[[int, Head], None] | None = None
 
     # What a carrier brings
 
@@ -254,7 +256,7 @@ class Endpoint(ABC):
         handles: Iterable[Sending | Receiving],
         until: float,
         watch: Collection[int] = (),
-        doing: str = "an exchange",
+        doing: object = "an exchange",
     ) -> None:
         """Until all are done, or ``until`` (time.monotonic) has come, or a peer that is needed is lost.
 
@@ -282,7 +284,7 @@ class Endpoint(ABC):
                     posted.remove(receiving)
             raise
 
-    def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: str) -> None:
+    def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: object) -> None:
         if not self._lost:
             return
         gone = [lost for peer, lost in sorted(self._lost.items()) if peer in watch or peer in needed]
@@ -296,7 +298,7 @@ class Endpoint(ABC):
             raise PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
 
     def _late(
-        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: str
+        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: object
     ) -> DeadlineExceeded:
         silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
         ranks = tuple(sorted(silent or needed))
@@ -332,6 +334,8 @@ class Endpoint(ABC):
         elif self._place_any is not None:
             receiving = _ReceivingAny(peer, self._place_any, self._events)
         else:
+            if self.on_unclaimed is not None:
+                self.on_unclaimed(peer, head)
             return None
         receiving.begin(head)
         return receiving

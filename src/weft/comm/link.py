@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from weft.errors import Incompatible
+from weft.errors import CommError, Incompatible
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,9 @@ class Link(ABC):
     deadline_s: float
     traffic: Traffic
     carrier: str  # the name that --link knows
+    purpose: str = (
+        ""  # of a link that is part of another: what its calls are for; ranks must agree in it, errors name it
+    )
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A zeroed flat buffer in which this carrier reduces fastest. All ranks allocate the same, in the same order."""
@@ -83,6 +86,10 @@ class Link(ABC):
     def pace(self, bytes_per_s: float) -> None:
         """Send no more than this to each peer from now on, to see how a slower network would do."""
         raise Incompatible(f"link {self.carrier!r} has no sockets whose pace could be set: use --link tcp.")
+
+    def fail(self, error: CommError) -> None:
+        """Tell the others that we leave, and why, so that they raise it, too; the link is of no more use."""
+        self.close()
 
     def close(self) -> None:
         """Release sockets and memory; safe to call twice."""

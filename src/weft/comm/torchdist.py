@@ -25,6 +25,7 @@ import msgspec
 
 from weft.comm.endpoint import name_ranks
 from weft.comm.link import DEADLINE_S, Link, Op, Traffic
+from weft.comm.sites import call_site
 from weft.comm.wire import Meta
 from weft.cost import SLOT_BYTES, all_reduce_bytes, ring_all_reduce_bytes
 from weft.errors import CommError, ConfigError, DeadlineExceeded, Mismatch, PeerLost, from_wire, to_wire
@@ -285,7 +286,8 @@ class TorchDistLink(Link):
 
     def _mismatch(self, call: Meta, digests: list[bytes]) -> Mismatch:
         """All ranks see that digests differ, and all come here: one more slot tells what each has called."""
-        text = f"{call}, its call {self._seq}".encode()[:SLOT_BYTES]
+        site = f" at {call_site()} (its call {self._seq})".encode()
+        text = f"{call}".encode()[: SLOT_BYTES - len(site)] + site
         slots = self._exchange_slots(_from_bytes(text.ljust(SLOT_BYTES, b"\0")))
         texts = [_to_bytes(slot).rstrip(b"\0").decode(errors="replace") for slot in slots]
         usual = max(digests, key=digests.count)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from weft import compat
+from weft import compat, cost
 from weft.clusters import pick_cluster, under_torchrun
 from weft.clusters.base import Cluster, Session
 from weft.config import DATA, PLAN, Config, RunFolder
@@ -56,6 +56,7 @@ def run(
     balance: str = "none",
     link: str = "auto",
     port: int = 0,
+    collective: str = "auto",
     threads: int = 1,
     deadline_s: float = 60.0,
     save_every: int | None = None,
@@ -79,7 +80,8 @@ def run(
     ``steps`` or ``epochs`` (one of them; default: the task's) count joined batches of ``batch`` examples over all
     workers. ``save_every``: steps between checkpoints (None: a tenth of the run, 0: only at the end). ``deadline_s``
     bounds every wait of one member for another. ``balance="auto"``: each worker's share of a batch follows its measured
-    speed, with the same update. ``trace``: record what each member does when, into trace.json; ``tensorboard``: write its
+    speed, with the same update. ``collective``: how an exchange by messages travels (direct, tree, ring, halving; auto chooses by
+    size, world and speed). ``trace``: record what each member does when, into trace.json; ``tensorboard``: write its
     events; ``metrics_port``: serve Prometheus (0: any free port, -1: no). ``faults``: from weft.testing, for trials of recovery.
 
     Raises ConfigError, TaskError or DataError before any worker starts; MemberFailed when a member fails and no restart
@@ -105,6 +107,7 @@ def run(
         balance=balance,
         link=link,
         port=port,
+        collective=collective,
         threads=threads,
         deadline_s=deadline_s,
         save_every=save_every,
@@ -165,6 +168,7 @@ def resume(
     balance: str | None = None,
     link: str | None = None,
     port: int | None = None,
+    collective: str | None = None,
     threads: int | None = None,
     deadline_s: float | None = None,
     save_every: int | None = None,
@@ -201,6 +205,7 @@ def resume(
     if place.name == "torchrun" or workers is not None:
         workers = place.world(workers)
     if workers == 1:
+        collective = collective or cost.AUTO
         link, balance = link or "auto", balance or "none"  # the old ones have nobody to join, nobody to share with
     asked = {
         "task": None if task is None else refer(task, {}),
@@ -209,6 +214,7 @@ def resume(
         "balance": balance,
         "link": link,
         "port": 0 if port is None and link not in (None, "tcp") else port,
+        "collective": cost.AUTO if collective is None and link not in (None, *cost.MESSAGE_CARRIERS) else collective,
         "threads": threads,
         "deadline_s": deadline_s,
         "save_every": save_every,

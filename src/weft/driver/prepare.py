@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     if config.link == "auto":
         chosen, why = cluster.default_carrier(config.workers, facts.device)
     cluster.check(chosen)
+    compat.check_collective(config.collective, chosen)
     links = [
         LinkSpec(
             chosen,
@@ -77,12 +78,14 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
             device=facts.device,
             group=group.name,
             members=group.members,
+            collective=config.collective,
+            hosts=hosts_of(group.members, session.hosts) if chosen == cost.HIERARCHICAL else (),
         )
         for group in pattern.groups(facts, config.workers)
     ]
     total = config.total_steps(facts.train_examples)
     save_every = save_interval(config, total, pattern.period(facts, config))
-    plan = make_plan(config, facts, pattern, chosen, total, save_every, why, session.notes)
+    plan = make_plan(config, facts, pattern, links, total, save_every, why, session.notes)
     if isinstance(observer, Observers):
         plan.choices.update(observer.choices)
     observer.on_plan(plan)
@@ -120,12 +123,13 @@ def make_plan(
     config: Config,
     facts: Facts,
     pattern: Pattern,
-    carrier: str,
+    specs: Sequence[LinkSpec],
     total_steps: int,
     save_every: int,
     why: str,
     cluster_notes: Sequence[str] = (),
 ) -> Plan:
+    carrier = specs[0].carrier
     shares = [
         config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
     ]
@@ -160,12 +164,13 @@ def make_plan(
             for role in pattern.roles(config.workers)
             for m in range(role.count)
         ],
-        links=pattern.links(facts, config, lambda n, world: cost.all_reduce_bytes(carrier, n, world), carrier),
+        links=pattern.links(facts, config, bytes_by(specs), carrier),
         checkpoints=checkpoint_policy(config, save_every, total_steps),
         choices={
             "link": f"{carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         }
+        | how_messages_travel(specs)
         | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
         notes=[
             *pattern.notes(facts, config),
@@ -175,6 +180,37 @@ def make_plan(
         ],
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )
+
+
+def hosts_of(members: Sequence[int], hosts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The ranks of a group by host: rank r is ``members[r]``."""
+    rank_of = {member: rank for rank, member in enumerate(members)}
+    by_host = [tuple(rank_of[m] for m in host if m in rank_of) for host in hosts]
+    return tuple(ranks for ranks in by_host if ranks)
+
+
+def bytes_by(specs: Sequence[LinkSpec]) -> Callable[[int, int], int]:
+    """(bytes, world) -> what a member sends to all-reduce them in its group of that size."""
+    by_world = {spec.world: spec for spec in reversed(specs)}
+
+    def bytes_for(nbytes: int, world: int) -> int:
+        spec = by_world.get(world, specs[0])
+        return cost.all_reduce_bytes(
+            spec.carrier, nbytes, world, spec.collective, spec.speed, [len(ranks) for ranks in spec.hosts]
+        )
+
+    return bytes_for
+
+
+def how_messages_travel(specs: Sequence[LinkSpec]) -> dict[str, str]:
+    """For the plan: by which algorithm each group all-reduces, by size; nothing where the carrier has its own way."""
+    said: dict[str, str] = {}
+    for spec in specs:
+        between = len(spec.hosts) if spec.carrier == cost.HIERARCHICAL else spec.world
+        if spec.carrier in (cost.HIERARCHICAL, *cost.MESSAGE_CARRIERS) and between > 1:
+            name = "collective" if spec.group == WORLD else f"collective of {spec.group}"
+            said.setdefault(name, cost.picks_in_words(between, spec.collective, spec.speed))
+    return said
 
 
 def save_interval(config: Config, total_steps: int, period: int) -> int:

@@ -18,7 +18,7 @@ from weft.config import HANG, RESULT, RunFolder
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, diagnose
 from weft.driver.hang import Hang
-from weft.driver.prepare import Job, Prepared, failure_of, find_checkpoint
+from weft.driver.prepare import Job, Prepared, failure_of, find_checkpoint, how_messages_travel
 from weft.driver.results import RunResult, Totals
 from weft.errors import Interrupted, MemberFailed
 from weft.events import Event, EventLog, LossJoiner, read_events
@@ -87,6 +87,8 @@ class Driver:
         restarts_left, attempt = config.restarts, 0
         started = time.monotonic()
         self.tell("plan", text=f"{self.prepared.plan.task} x {self.prepared.plan.pattern}")
+        if chosen := how_messages_travel(self.prepared.links):
+            self.tell("collective", **chosen)
         self.interrupts.training = True
         try:
             if found:

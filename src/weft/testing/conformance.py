@@ -415,9 +415,9 @@ def a_mismatch_names_the_ranks(make: Make, world: int) -> None:
     for name, (usual, other) in calls.items():
 
         def fn(link: Link, usual: Any = usual, other: Any = other) -> tuple[str, tuple[int, ...]]:
-            for size in (5, 6):
-                link.all_reduce([torch.ones(size)])
             try:
+                for size in (5, 6):  # who is still in the second when others have gone on hears of it there
+                    link.all_reduce([torch.ones(size)])
                 (other if link.rank == odd else usual)(link)
             except Mismatch as error:
                 try:
@@ -430,6 +430,7 @@ def a_mismatch_names_the_ranks(make: Make, world: int) -> None:
         for message, ranks in _values(make(world)(fn)):
             assert odd in ranks, name
             assert f"rank {odd}" in message, (name, message)
+            assert message.count("conformance.py:") >= 2, f"where each called: {message}"
 
 
 def a_killed_peer_is_named(make: Make, world: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -35,6 +36,7 @@ from weft.comm.shm.region import (
     Region,
     align,
 )
+from weft.comm.sites import call_site
 from weft.errors import CommError, DeadlineExceeded, Mismatch, PeerLost, from_wire, to_wire
 
 if TYPE_CHECKING:
@@ -47,19 +49,25 @@ GLANCES = 12  # of these looks before the clock is asked; half a microsecond
 YIELD_S = 2e-3  # then this long of sched_yield, then naps
 NAP_S = 50e-6
 MAX_PLANS = 256
+TELL_S = 1.0  # for all to say where they called what others did not
 
 
 class ShmLink(Link):
     """``rank``'s end of ``region``, made after the fork in the rank's own process. One call at a time.
 
+    ``members``: what errors call the ranks (by default 0 to world-1).
     Who raises an error writes it into the map, and all raise the same; what was being exchanged is then undefined, and
     the link of no more use.
     """
 
     carrier = "shm"
 
-    def __init__(self, region: Region, rank: int, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self, region: Region, rank: int, deadline_s: float = DEADLINE_S, *, members: Sequence[int] = ()
+    ) -> None:
         import torch
+
+        self._ids = tuple(members) or tuple(range(region.world))
 
         self.region, self.rank, self.world, self.deadline_s = region, rank, region.world, deadline_s
         self.traffic = Traffic()
@@ -92,14 +100,14 @@ class ShmLink(Link):
         return torch.frombuffer(self.region.memory, dtype=dtype, count=numel, offset=offset)
 
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
-        if len(buffers) == 1 and (kept := self._kept.get(id(buffers[0]))) is not None:
+        if len(buffers) == 1 and not self.purpose and (kept := self._kept.get(id(buffers[0]))) is not None:
             if kept[1].is_set_to(buffers[0]) and kept[2] == op and self._error is None:
                 self._all_reduce_again(kept)
                 return
         if op not in ("sum", "max"):
             raise ValueError(f"op {op!r} is not known: use 'sum' or 'max'")
         self.traffic.bytes_sent += self.all_reduce_bytes(self._exchange("all_reduce", op, buffers))
-        if len(buffers) == 1 and self.world > 1:
+        if len(buffers) == 1 and self.world > 1 and not self.purpose:
             self._keep(buffers[0], op)
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
@@ -119,6 +127,7 @@ class ShmLink(Link):
             return [tensor.detach().clone()]
         length, *rest = tensor.shape or (1,)
         text = f"all_gather of {name_of(tensor.dtype)}[{', '.join(map(str, ['any', *rest])) if tensor.dim() else ''}]"
+        text = f"{self.purpose}: {text}" if self.purpose else text
         plan = self._planned((self._calls & 1, text), lambda: Plan(text))
         gathered = self._run(plan, self._do_gather, flat_of(tensor), tensor.dtype, length, math.prod(rest))
         self.traffic.bytes_sent += (self.world - 1) * tensor.nbytes
@@ -131,6 +140,10 @@ class ShmLink(Link):
         """
         first, last = nbytes * self.rank // self.world, nbytes * (self.rank + 1) // self.world
         return 2 * (self.world - 1) * (last - first)
+
+    def fail(self, error: CommError) -> None:
+        if self._error is None:
+            self._leave(error)
 
     def close(self) -> None:
         if self._error is None:
@@ -148,8 +161,9 @@ class ShmLink(Link):
             return 0
         parity = self._calls & 1
         places = [(self._place(buffer), buffer.shape, buffer.dtype) for buffer in buffers]
-        key = (parity, name, argument, *places)
-        plan = self._planned(key, lambda: make_plan(self.region, self.rank, name, argument, places, parity))
+        key = (self.purpose, parity, name, argument, *places)
+        make = functools.partial(make_plan, self.region, self.rank, name, argument, places, parity, self.purpose)
+        plan = self._planned(key, make)
         arrays = [flat_of(buffer) if home is None else home for buffer, home in zip(buffers, plan.homes, strict=True)]
         self._run(plan, self._do_rounds, arrays)
         for i in plan.scattered:
@@ -182,6 +196,7 @@ class ShmLink(Link):
         try:
             if self._said[parity] is not self._now:
                 self._say()
+                self._said[parity] = self._now
             stage[:] = home
             words[my_signature] = signature
             self._syncs = words[self._mine + ARRIVED] = target = self._syncs + 1
@@ -315,6 +330,7 @@ class ShmLink(Link):
         plan, words, parity = self._now, self._words, self._calls & 1
         if self._said[parity] is not plan:
             self._say()
+            self._said[parity] = plan
         words[self._mine + SIGNATURE + parity] = plan.signature
         before = perf_counter()
         self._sync()
@@ -323,11 +339,11 @@ class ShmLink(Link):
             if words[control + SIGNATURE + parity] != plan.signature:
                 self._raise_mismatch()
 
-    def _say(self) -> None:
+    def _say(self, where: str = "") -> None:
         """What we call, into our control page."""
-        plan, parity = self._now, self._calls & 1
-        self.region.write_text(self.rank, TEXT + parity * TEXT_BYTES, plan.text.encode()[: TEXT_BYTES - 1])
-        self._said[parity] = plan
+        site = where.encode()[-TEXT_BYTES // 2 :]
+        text = self._now.text.encode()[: TEXT_BYTES - 1 - len(site)] + site
+        self.region.write_text(self.rank, TEXT + (self._calls & 1) * TEXT_BYTES, text)
 
     def _sync(self) -> None:
         """Count up, and wait until all others have."""
@@ -369,35 +385,45 @@ class ShmLink(Link):
             if words[control + DEAD] or words[control + CLOSED] or (long and _has_ended(words[control + PID])):
                 gone.add(rank)
         if gone and (lost := tuple(r for r in self._missing(target) if r in gone)):  # again: it may have come, and left
-            raise PeerLost(f"{_ranks(lost)} died or closed the link before the end of {self._call_text()}", lost)
+            raise PeerLost(
+                f"{self._named(lost)} died or closed the link before the end of {self._call_text()}",
+                self._members(lost),
+            )
         if missing and late:
             raise DeadlineExceeded(
-                f"{_ranks(missing)} did not come within {self.deadline_s:g} s to {self._call_text()}: stopped, stuck, "
+                f"{self._named(missing)} did not come within {self.deadline_s:g} s to {self._call_text()}: stopped, stuck, "
                 "or much slower than the others. See what it does, or allow a longer deadline",
-                tuple(missing),
+                self._members(missing),
             )
 
     def _missing(self, target: int) -> list[int]:
         return [rank for rank, control in enumerate(self._controls) if self._words[control + ARRIVED] < target]
 
     def _raise_mismatch(self) -> NoReturn:
+        """All ranks come here, for each sees that not all call the same: one more sync, and each can tell where it called."""
         parity, callers = self._calls & 1, dict[tuple[int, str], list[int]]()
+        self._say(f" at {call_site()}")
+        self._deadline = min(self._deadline, time.perf_counter() + TELL_S)
+        with contextlib.suppress(CommError):  # who cannot come any more has said what it called, if not where
+            self._sync()
         for rank, control in enumerate(self._controls):
             text = self.region.read_text(rank, TEXT + parity * TEXT_BYTES, TEXT_BYTES)
             callers.setdefault((self._words[control + SIGNATURE + parity], text), []).append(rank)
         most = max(callers.values(), key=len)  # the first of equals
-        said = "; ".join(f"{_ranks(ranks)} called {text}" for (_, text), ranks in callers.items())
+        said = "; ".join(f"{self._named(ranks)} called {text}" for (_, text), ranks in callers.items())
         raise Mismatch(
             f"call {self._calls + 1} is not the same on all ranks: {said}. Each rank must make the same calls in the "
             "same order, with the same shapes and dtypes",
-            tuple(rank for ranks in callers.values() if ranks is not most for rank in ranks),
+            self._members([rank for ranks in callers.values() if ranks is not most for rank in ranks]),
         )
 
     def _leave(self, error: BaseException) -> None:
         """Tell the others, who would else wait for their deadline."""
         if not isinstance(error, CommError):
             cause = f"{type(error).__name__}: {error}".rstrip(": ")
-            error = PeerLost(f"{_ranks([self.rank])} broke off {self._call_text()}: {cause}", (self.rank,))
+            error = PeerLost(
+                f"{self._named([self.rank])} broke off {self._call_text()}: {cause}", (self._ids[self.rank],)
+            )
         self._error = error
         if not self._words[BROKEN]:
             wire = to_wire(error) | {"message": error.message[:600], "ranks": error.ranks[:64]}
@@ -415,7 +441,13 @@ class ShmLink(Link):
             return
         error = from_wire(msgspec.json.decode(self.region.read_text(first, LAST_WORDS, PAGE - LAST_WORDS)))
         assert isinstance(error, CommError)
-        raise type(error)(f"{_ranks([first])} gave up: {error}", error.ranks)
+        raise type(error)(f"{self._named([first])} gave up: {error}", error.ranks)
+
+    def _members(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self._ids[rank] for rank in ranks)
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, self._members(ranks)))}"
 
     def _call_text(self) -> str:
         return f"call {self._calls + 1}, {self._now.text}"
@@ -437,7 +469,3 @@ def _has_ended(pid: int) -> bool:
         return bool(poll.poll(0))
     finally:
         os.close(process)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

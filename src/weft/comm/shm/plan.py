@@ -68,7 +68,9 @@ class Plan:
         self.signature = int.from_bytes(digest, "little", signed=True)
 
 
-def make_plan(region: Region, rank: int, name: str, argument: str | int, places: list[Place], parity: int) -> Plan:
+def make_plan(
+    region: Region, rank: int, name: str, argument: str | int, places: list[Place], parity: int, purpose: str = ""
+) -> Plan:
     """Of all_reduce (``argument`` is the op) or broadcast (it is the root)."""
     layout = _lay_out(region, places, parity)
     if isinstance(argument, int):
@@ -80,7 +82,7 @@ def make_plan(region: Region, rank: int, name: str, argument: str | int, places:
         at = f" at heap byte {offset}" if offset >= 0 and not layout.small else ""
         buffers.append(f"{name_of(dtype)}{list(shape)}{at}")
     return Plan(
-        f"{name}({argument})" + (f" of {' + '.join(buffers)}" if buffers else ""),
+        (purpose or f"{name}({argument})") + (f" of {' + '.join(buffers)}" if buffers else ""),
         rounds,
         homes=[arrays_of(d).view(region.memory, home + at, s.numel()) if at >= 0 else None for at, s, d in places],
         scattered=[i for i, (offset, _, _) in enumerate(places) if offset == SCATTERED],

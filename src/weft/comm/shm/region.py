@@ -42,14 +42,17 @@ class Region:
     It takes no room in /dev/shm, which containers often keep to 64 MB.
     """
 
-    def __init__(self, memory: mmap.mmap, world: int, nbytes_per_rank: int) -> None:
+    def __init__(self, memory: mmap.mmap, world: int, nbytes_per_rank: int, crowded: bool) -> None:
         self.memory, self.world, self.nbytes_per_rank = memory, world, nbytes_per_rank
-        self.crowded = world > len(os.sched_getaffinity(0))  # found before the fork: all ranks must see it alike
+        self.crowded = crowded  # more ranks than cores; all must see it alike, since layouts depend on it
         self.words = memoryview(memory).cast("q")  # a word is loaded or stored whole, never torn
 
     @classmethod
-    def create(cls, world: int, nbytes_per_rank: int) -> Region:
-        """Room for ``world`` ranks with a heap of ``nbytes_per_rank`` each. A page takes memory when first touched."""
+    def create(cls, world: int, nbytes_per_rank: int, fd: int = -1, crowded: bool | None = None) -> Region:
+        """Room for ``world`` ranks with a heap of ``nbytes_per_rank`` each. A page takes memory when first touched.
+
+        ``fd``: of a memory file that others map, too, who are no children of ours; ``crowded``: as who made it found.
+        """
         if reason := supported():
             raise ConfigError(f"{reason}: use --link tcp")
         if world < 1 or nbytes_per_rank < 0:
@@ -59,13 +62,17 @@ class Region:
         try:
             if size > (left := memory_left()):  # the kernel maps it all the same, and kills whoever touches too much
                 raise OSError(f"{left:,} bytes are left")
-            memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+            if fd >= 0:
+                os.ftruncate(fd, size)
+            memory = mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0))
         except (OSError, OverflowError) as error:
             raise ConfigError(
                 f"cannot map {size:,} bytes of shared memory for {world} ranks ({error}): "
                 "use fewer workers, a smaller model, or --link tcp"
             ) from error
-        return cls(memory, world, nbytes_per_rank)
+        if crowded is None:
+            crowded = world > len(os.sched_getaffinity(0))
+        return cls(memory, world, nbytes_per_rank, crowded)
 
     def control(self, rank: int) -> int:
         """Where the rank's control page starts, in bytes; below, the areas that follow it."""
