@@ -83,6 +83,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
     )
+    step_alone: str = "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -209,8 +210,12 @@ class Pattern(ABC):
         """What travels in a step; ``bytes_for(n, world)``: what one of ``world`` members sends to all-reduce n bytes."""
 
     @abstractmethod
-    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
+    def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
         """Predicted bytes on one worker by purpose."""
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        """What it chose where it had a choice, and why, for the plan. Refuses what was asked for and cannot be over this carrier."""
+        return {}
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         """Policies that touch this model, in words, for the plan."""

@@ -87,6 +87,15 @@ class ShmLink(Link):
         offset = self.region.heap(self.rank) + start
         return torch.frombuffer(self.region.memory, dtype=dtype, count=numel, offset=offset)
 
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        import torch
+
+        if (offset := self._place(buffer)) < 0:
+            return []
+        heaps = [self.region.heap(rank) + offset for rank in range(self.world)]
+        memory, dtype, numel = self.region.memory, buffer.dtype, buffer.numel()
+        return [torch.frombuffer(memory, dtype=dtype, count=numel, offset=heap).view(buffer.shape) for heap in heaps]
+
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
         if op not in ("sum", "max"):
             raise ValueError(f"op {op!r} is not known: use 'sum' or 'max'")
