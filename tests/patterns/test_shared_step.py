@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def in_ranks(
     until: int = STEPS,
     resume: Resume | None = None,
     dtype: str = "float64",
+    dawdler: int | None = None,
 ) -> list[Any]:
     """Of each rank that trained: (what rank 0 saves after ``until`` steps, meta, bytes sent, bytes planned)."""
     config = Config(
@@ -165,6 +167,9 @@ def in_ranks(
     group = pattern.groups(facts, world)[0]
 
     def fn(link: Link) -> Any:
+        if link.rank == dawdler:
+            step = torch.optim.AdamW.step
+            torch.optim.AdamW.step = lambda self: (time.sleep(0.02), step(self))[1]  # in this process alone
         ctx = Context(
             task=task,
             pattern=pattern,
@@ -247,6 +252,15 @@ def test_equals_one_process_on_the_joined_batch(name: str, world: int) -> None:
 
 @here
 @multiprocess
+@pytest.mark.parametrize("dawdler", [0, 2])
+def test_nobody_goes_on_before_all_have_stepped(dawdler: int) -> None:
+    truth = in_ranks(Ragged("adamw"), 3, 10, AllReduce(shared_step="off"))
+    slowed = in_ranks(Ragged("adamw"), 3, 10, AllReduce(), dawdler=dawdler)
+    assert_equal(saved(slowed)["model"], saved(truth)["model"])
+
+
+@here
+@multiprocess
 @pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"accumulate": 2}, {"clip_norm": 0.05, "accumulate": 3}])
 def test_options_hold(options: dict[str, Any]) -> None:
     """The norm is that of all parts, so that it is the same but for rounding."""
@@ -264,7 +278,9 @@ def test_options_hold(options: dict[str, Any]) -> None:
 def test_counted_bytes_are_the_planned_ones(clip_norm: float | None) -> None:
     """Over all ranks, evaluations left out: what these send is in the step after them."""
     outcomes = in_ranks(Regression(), 3, 24, AllReduce(clip_norm=clip_norm), until=1)
-    assert sum(o[2] for o in outcomes) == pytest.approx(3 * outcomes[0][3], rel=0.1)  # parts begin at lines of the cache
+    assert sum(o[2] for o in outcomes) == pytest.approx(
+        3 * outcomes[0][3], rel=0.1
+    )  # parts begin at lines of the cache
 
 
 @here
@@ -303,7 +319,9 @@ def test_each_rank_keeps_its_part_of_the_state_and_no_parameters() -> None:
             exchange.replica.apply(exchange.gradients(exchange.replica.gradients()))
             exchange.parameters(1)
             starts = {p.data_ptr() for p in exchange.replica.params.values()}
-            assert all(exchange.arena.shared.data_ptr() <= at < exchange.arena.shared.data_ptr() + 10_000 for at in starts)
+            assert all(
+                exchange.arena.shared.data_ptr() <= at < exchange.arena.shared.data_ptr() + 10_000 for at in starts
+            )
             made.append(exchange)
         return made[0]
 
@@ -387,7 +405,9 @@ def test_where_it_would_be_another_step_each_steps_for_itself(task: weft.Task, w
         AllReduce(shared_step="on").choices(facts, config, "shm")
 
 
-@pytest.mark.parametrize(("carrier", "workers", "compress"), [("tcp", 2, "none"), ("none", 1, "none"), ("shm", 2, "int8")])
+@pytest.mark.parametrize(
+    ("carrier", "workers", "compress"), [("tcp", 2, "none"), ("none", 1, "none"), ("shm", 2, "int8")]
+)
 def test_what_cannot_be_is_refused_or_left(carrier: str, workers: int, compress: str) -> None:
     config = Config(task=TaskRef("none"), pattern="allreduce", workers=workers, batch=16, steps=5)
     facts = preflight(Regression(), AllReduce(), config)
@@ -433,7 +453,15 @@ class Undisturbed(KilledInTheStep):
 @multiprocess
 def test_a_worker_killed_within_the_step_is_brought_back(tmp_path: Path) -> None:
     """Nobody goes on with parameters that are half stepped: all begin again at the checkpoint, and it is as if nothing was."""
-    settings = {"workers": 2, "steps": STEPS, "batch": 17, "dtype": "float64", "seed": 3, "save_every": 5, "restarts": 1}
+    settings = {
+        "workers": 2,
+        "steps": STEPS,
+        "batch": 17,
+        "dtype": "float64",
+        "seed": 3,
+        "save_every": 5,
+        "restarts": 1,
+    }
     weft.run(KilledInTheStep(tmp_path / "mark"), run_dir=tmp_path / "run", **settings)
     assert (tmp_path / "mark").exists()
     assert "parameters live once for all workers" in (tmp_path / "run" / "plan.json").read_text()

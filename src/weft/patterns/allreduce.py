@@ -118,7 +118,9 @@ class AllReduce(Pattern):
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
         why = self.unshared(facts, config.workers, carrier)
         if why and self.shared_step == "on":
-            raise Incompatible(f"shared_step=on is not possible: {why}. Leave it out (auto), or use --link shm with such a task.")
+            raise Incompatible(
+                f"shared_step=on is not possible: {why}. Leave it out (auto), or use --link shm with such a task."
+            )
         if config.workers == 1:
             return {}
         on = f"on ({'asked for; ' * (self.shared_step == 'on')}parameters live once for all workers, each of which steps its part)"
@@ -153,14 +155,14 @@ class AllReduce(Pattern):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
         return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
 
-    def shared_link(
-        self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str
-    ) -> LinkPlan:
+    def shared_link(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan:
         """Of a shared step: a worker reads the others' gradients of its part, and writes that part of the parameters."""
         (dtype, gradients), *_ = facts.gradient_bytes.items()
         running = [b for b in facts.buffers if b.running]
         integers = sum(b.nbytes for b in running if not b.dtype.startswith(("float", "bfloat")))
-        beside = sum(b.nbytes for b in running) - integers + 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
+        beside = (
+            sum(b.nbytes for b in running) - integers + 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
+        )
         nbytes = gradients + bytes_for(beside, workers)
         nbytes += bytes_for(integers, workers) if integers else 0
         nbytes += bytes_for(8, workers) if self.clip_norm is not None else 0

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 Tier = Literal["stable", "beta", "contrib"]
 
-NUM_COLUMNS = 4  # weight, loss, stop flag, seconds: what every rank tells the others beside its gradients
+NUM_COLUMNS = (
+    4  # weight, loss, stop flag, seconds, in this order: what every rank tells the others beside its gradients
+)
 
 
 def tail_numel(world: int, num_params: int) -> int:
@@ -83,7 +85,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
     )
-    step_alone: str = "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
+    step_alone: str = (
+        "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
+    )
 
     @property
     def gradient_bytes(self) -> dict[str, int]:

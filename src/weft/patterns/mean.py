@@ -24,8 +24,6 @@ from weft.update import Dense, Entry, Rows, Update
 if TYPE_CHECKING:
     from weft.patterns.base import Resume
 
-WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
-
 
 class Running:
     """Buffers that a training step changes (BatchNorm's statistics): their mean over ranks, weighted; of integers the largest."""
@@ -98,10 +96,9 @@ class JoinedMean(Exchange):
         replica, rank = self.replica, self.link.rank
         self._fill_arena(update)
         self.tail.zero_()
-        own = self.rows[rank]
-        own[WEIGHT], own[LOSS] = update.weight, replica.report.losses[0]
-        own[STOP] = float(replica.ctx.stop_requested())
-        own[SECONDS] = replica.seconds
+        stop = float(replica.ctx.stop_requested())
+        own = (update.weight, replica.report.losses[0], stop, replica.seconds)
+        self.rows[rank] = torch.tensor(own, dtype=torch.float64, device=self.tail.device)
         if len(update.entries) == len(self.position):
             self.presence.fill_(1.0)
         else:

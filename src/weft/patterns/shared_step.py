@@ -90,7 +90,9 @@ class SharedArena(Arena):
         self.buffers, self.all_grads = [own], link.views(own)
         shared = link.views(flat_buffer(link, numel, first.dtype, first.device))
         if not (self.all_grads and shared):
-            raise RuntimeError(f"no room for {numel} numbers in memory that all ranks see")  # Pattern.groups asked for it
+            raise RuntimeError(
+                f"no room for {numel} numbers in memory that all ranks see"
+            )  # Pattern.groups asked for it
         self.shared = shared[0]
         self.views = {n: own[s : s + params[n].numel()].view(params[n].shape) for n, s in self.starts.items()}
         lines = numel // per_line

@@ -108,7 +108,9 @@ class Replica:
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
-        self.stepped: Mapping[str, nn.Parameter] = self.params  # by the optimizer: an exchange may leave it a part of them
+        self.stepped: Mapping[str, nn.Parameter] = (
+            self.params
+        )  # by the optimizer: an exchange may leave it a part of them
         self.optimizer_state: Callable[[], dict[str, Any]] = partial(
             optimizer_state_by_name, self.optimizer, self.params
         )
