@@ -83,8 +83,8 @@ def norm(tensors: Sequence[torch.Tensor]) -> float:
 
     if not tensors:
         return 0.0
-    norms = torch._foreach_norm(tensors)
-    return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device, torch.float64) for n in norms])).item()
+    norms = torch._foreach_norm(list(tensors))
+    return float(torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device, torch.float64) for n in norms])))
 
 
 def apply_all(chain: Sequence[Transform], update: Update) -> Update:

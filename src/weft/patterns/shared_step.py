@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from weft.patterns.mean import JoinedMean
 from weft.patterns.optimizer_state import optimizer_state_by_name
 from weft.patterns.training import Arena, Replica, flat_buffer
 from weft.update import ClipNorm, Dense, Entry, Update, norm
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 BLOCK = 64 << 10  # elements that are added up before they leave the cache
 
@@ -60,7 +57,7 @@ def why_not(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) ->
         return "two parameters share their memory"
     if type(optimizer) not in ELEMENTWISE:
         return f"{type(optimizer).__name__} is not known to treat each number by itself"
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)  # type: ignore[attr-defined]
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks):
         return f"{type(optimizer).__name__} has hooks, which would see a part of the parameters only"
     return ""
@@ -201,8 +198,8 @@ class SharedMean(JoinedMean):
         for key in keys:
             parts = {n: s[key] for n, s in own["state"].items() if described(s).get(key) == TENSOR}
             flat = self.arena.whole(self.link, parts)
-            for name, kinds in known.items() if flat is not None else ():
-                if kinds.get(key) == TENSOR:
+            for name, kinds in known.items():
+                if flat is not None and kinds.get(key) == TENSOR:
                     p, start = self.replica.params[name], self.arena.starts[name]
                     states[name][key] = flat[start : start + p.numel()].view(p.shape).clone()
         order = [name for members in self.groups for name in members if name in states]
