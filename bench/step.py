@@ -68,6 +68,7 @@ CASES = [
     digits("vs_ddp_digits", 2, (100, 50), (1500, 300)),
     replace(codelm("vs_ddp_codelm_small", "small", 8, 2, (5, 2), (25, 4)), frameworks=True),
     codelm("vs_ddp_codelm_medium", "medium", 4, 2, (3, 1), (10, 2)),
+    codelm("vs_ddp_codelm_medium_batch1", "medium", 1, 2, (3, 1), (20, 3)),
     codelm("overhead_one_worker", "small", 8, 1, (5, 2), (30, 4)),
     digits("overhead_one_worker_digits", 1, (100, 50), (1500, 300)),
 ]

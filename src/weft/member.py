@@ -18,7 +18,7 @@ import torch
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
 from weft.comm.last_call import recorder
-from weft.comm.link import WORLD, Link
+from weft.comm.link import WORLD, Link, tell_all
 from weft.comm.tracing import TracedLink, measure_clock
 from weft.comm.wrappers import Fault, FaultyLink
 from weft.config import CHECKPOINTS, DATA, FIRST_PART, SPANS, Config, part_of
@@ -290,9 +290,3 @@ def save_jointly(
         if link.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def tell_all(link: Link, value: Any) -> list[Any]:
-    """Every rank's value, by rank."""
-    own = torch.frombuffer(bytearray(msgspec.json.encode(value)), dtype=torch.uint8)
-    return [msgspec.json.decode(t.cpu().numpy().tobytes()) for t in link.all_gather(own)]

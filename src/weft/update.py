@@ -65,18 +65,26 @@ class ClipNorm(Transform):
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
+        self.norm: float | None = None  # set before each call where the update is a part of the whole
 
     def __call__(self, update: Update) -> Update:
         import torch
 
         tensors = update.tensors()
-        if not tensors:
-            return update
-        norms = torch._foreach_norm(tensors)
-        total = torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device, torch.float64) for n in norms]))
-        if total > self.max_norm:
-            torch._foreach_mul_(tensors, float(self.max_norm / total))
+        total = norm(tensors) if self.norm is None else self.norm
+        if tensors and total > self.max_norm:
+            torch._foreach_mul_(tensors, self.max_norm / total)
         return update
+
+
+def norm(tensors: Sequence[torch.Tensor]) -> float:
+    """Of all of them together, in float64."""
+    import torch
+
+    if not tensors:
+        return 0.0
+    norms = torch._foreach_norm(list(tensors))
+    return float(torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device, torch.float64) for n in norms])))
 
 
 def apply_all(chain: Sequence[Transform], update: Update) -> Update:

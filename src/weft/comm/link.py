@@ -10,7 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from weft.errors import CommError, Incompatible
 
@@ -62,6 +64,14 @@ class Link(ABC):
 
         return torch.zeros(numel, dtype=dtype)
 
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """A buffer from ``allocate`` as each rank holds it, in rank order; none where ranks cannot see each other's memory.
+
+        What a rank writes there is seen by those that come to a later call with it. Who reads while another writes, or
+        writes where another does, gets anything: so that it cannot happen is up to the caller.
+        """
+        return []
+
     @abstractmethod
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
         """Combine each buffer over all ranks, in place. One call, one exchange, however many buffers and dtypes."""
@@ -93,6 +103,14 @@ class Link(ABC):
 
     def close(self) -> None:
         """Release sockets and memory; safe to call twice."""
+
+
+def tell_all(link: Link, value: Any) -> list[Any]:
+    """Every rank's value (plain data), by rank."""
+    import torch
+
+    own = torch.frombuffer(bytearray(msgspec.json.encode(value)), dtype=torch.uint8)
+    return [msgspec.json.decode(t.cpu().numpy().tobytes()) for t in link.all_gather(own)]
 
 
 class SoloLink(Link):

@@ -145,6 +145,9 @@ class FaultyLink(Link):
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return self._link.allocate(numel, dtype)
 
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        return self._link.views(buffer)
+
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
         if self._strike(buffers):
             self._link.all_reduce(buffers, op)

@@ -135,7 +135,7 @@ def make_plan(
     ]
     if facts.owned:
         shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
-    memory = pattern.memory(facts, config.workers)
+    memory = pattern.memory(facts, config.workers, carrier)
     if training := facts.indexes.get("training"):
         memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
     return Plan(
@@ -171,7 +171,8 @@ def make_plan(
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         }
         | how_messages_travel(specs)
-        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
+        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {})
+        | pattern.choices(facts, config, carrier),
         notes=[
             *pattern.notes(facts, config),
             *facts.about_data,

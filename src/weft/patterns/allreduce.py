@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Context, Facts, Pattern, Role, tail_numel
+from weft.patterns.base import Context, Facts, Group, Pattern, Role, tail_numel
 from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
+
+LINE = 64  # bytes of a line of the processor's cache, where parameters begin in shared memory
 
 if TYPE_CHECKING:
     from weft.config import Config
@@ -46,6 +48,13 @@ class AllReduce(Pattern):
     )
 
     compress: str = field(default=NONE, metadata={"doc": "fewer bytes for the gradients: none, " + ", ".join(usages())})
+
+    shared_step: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "doc": "one optimizer step for the workers of a host: each steps its part of parameters that live in the memory of all"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.compress != NONE:
@@ -81,7 +90,36 @@ class AllReduce(Pattern):
                 f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
             )
 
+    def unshared(self, facts: Facts, workers: int, carrier: str) -> str:
+        """Why each worker steps all parameters; empty: they share the step."""
+        if self.shared_step == "off":
+            return "asked for"
+        if workers == 1:
+            return "there is one worker"
+        if carrier != "shm":
+            return f"link {carrier!r} gives workers no memory that all see"
+        if self.compress != NONE:
+            return f"compress={self.compress} joins the gradients its own way"
+        return facts.step_alone
+
+    def alone(self) -> AllReduce:
+        """The same, with no shared step."""
+        return replace(self, shared_step="off")
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        why = self.unshared(facts, config.workers, carrier)
+        if why and self.shared_step == "on":
+            raise Incompatible(
+                f"shared_step=on is not possible: {why}. Leave it out (auto), or use --link shm with such a task."
+            )
+        if config.workers == 1:
+            return {}
+        on = f"on ({'asked for; ' * (self.shared_step == 'on')}parameters live once for all workers, each of which steps its part)"
+        return {"shared_step": f"off ({why})" if why else on}
+
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
+        if not self.unshared(facts, config.workers, carrier):
+            return [self.shared_link(facts, config.workers, bytes_for, carrier)]
         plan = self.among(facts, config.workers, bytes_for, carrier, config.total_steps(facts.train_examples))
         return [plan] if plan else []
 
@@ -108,17 +146,41 @@ class AllReduce(Pattern):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
         return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
 
+    def shared_link(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan:
+        """Of a shared step: a worker reads the others' gradients of its part, and writes that part of the parameters."""
+        (dtype, gradients), *_ = facts.gradient_bytes.items()
+        running = [b for b in facts.buffers if b.running]
+        integers = sum(b.nbytes for b in running if not b.dtype.startswith(("float", "bfloat")))
+        beside = (
+            sum(b.nbytes for b in running) - integers + 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
+        )
+        nbytes = gradients + bytes_for(beside, workers)
+        nbytes += bytes_for(integers, workers) if integers else 0
+        nbytes += bytes_for(8, workers) if self.clip_norm is not None else 0
+        what = f"gradients ({dtype}) of the part that it steps, read; that part of the parameters, written"
+        what += ", running buffers" if running else ""
+        return LinkPlan(members=f"{workers} workers with one memory", carrier=carrier, bytes_per_step=nbytes, what=what)
+
+    def groups(self, facts: Facts, workers: int) -> list[Group]:
+        (group,) = super().groups(facts, workers)
+        if self.shared_step == "off" or self.compress != NONE or facts.step_alone:
+            return [group]
+        trained = [p for p in facts.params if p.trainable]
+        return [replace(group, nbytes=group.nbytes + sum(p.nbytes for p in trained) + 2 * LINE * len(trained))]
+
     def writer_for(self, rank: int) -> int:
         return rank if self.compress != NONE else 0
 
-    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
+    def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
+        parts = 1 if self.unshared(facts, workers, carrier) else workers
+        trained = sum(p.nbytes for p in facts.params if p.trainable)
         copies = 1 if workers == 1 else 2  # autograd's and the arena's
         compressed = self.compress != NONE and workers > 1
         kept = {"error feedback": CompressionPlan(self.compress, facts).kept_bytes()} if compressed else {}
         return kept | {
-            "parameters": sum(p.nbytes for p in facts.params),
-            "gradients": copies * sum(p.nbytes for p in facts.params if p.trainable),
-            "optimizer": facts.optimizer_bytes,
+            "parameters": sum(p.nbytes for p in facts.params) - trained + trained // parts,
+            "gradients": copies * trained,
+            "optimizer": facts.optimizer_bytes // parts,
             "activations": facts.activation_bytes // self.accumulate,
             "buffers": sum(b.nbytes for b in facts.buffers),
         }
@@ -148,5 +210,8 @@ class AllReduce(Pattern):
 
     def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.mean import JoinedMean
+        from weft.patterns.shared_step import SharedMean
 
+        if not self.unshared(replica.ctx.facts, replica.link.world, replica.link.carrier):
+            return SharedMean(replica, replica.link)
         return JoinedMean(replica, replica.link, compress=self.compress)

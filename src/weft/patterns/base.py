@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 Tier = Literal["stable", "beta", "contrib"]
 
-NUM_COLUMNS = 4  # weight, loss, stop flag, seconds: what every rank tells the others beside its gradients
+NUM_COLUMNS = (
+    4  # weight, loss, stop flag, seconds, in this order: what every rank tells the others beside its gradients
+)
 
 
 def tail_numel(world: int, num_params: int) -> int:
@@ -80,6 +82,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str = ""  # the class of the task's
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
+    )
+    step_alone: str = (
+        "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
 
     @property
@@ -207,8 +212,12 @@ class Pattern(ABC):
         """What travels in a step; ``bytes_for(n, world)``: what one of ``world`` members sends to all-reduce n bytes."""
 
     @abstractmethod
-    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
+    def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
         """Predicted bytes on one worker by purpose."""
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        """What it chose where it had a choice, and why, for the plan. Refuses what was asked for and cannot be over this carrier."""
+        return {}
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         """Policies that touch this model, in words, for the plan."""

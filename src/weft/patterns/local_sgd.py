@@ -103,6 +103,10 @@ class LocalSGD(Pattern):
                 f"within.compress={self.within.compress} would compress the quick links inside an island: compress the meetings, "
                 f"compress={self.within.compress}."
             )
+        if isinstance(self.within, AllReduce) and self.within.shared_step == "on":
+            raise Incompatible(
+                "within.shared_step=on: workers who train apart cannot have one memory for their parameters; leave it out."
+            )
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("island", self.island, 1)):
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")
@@ -205,8 +209,8 @@ class LocalSGD(Pattern):
             count += 1
         return count
 
-    def memory(self, facts: Facts, workers: int) -> dict[str, int]:
-        result = self.within.memory(facts, self.island)
+    def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
+        result = self.inner.alone().memory(facts, self.island, carrier)
         trained = sum(p.nbytes for p in facts.params if p.trainable)
         if self.compress != NONE and workers > 1:
             result["error feedback"] = CompressionPlan(self.compress, facts, of_gradients=False).kept_bytes()

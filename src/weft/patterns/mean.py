@@ -24,8 +24,6 @@ from weft.update import Dense, Entry, Rows, Update
 if TYPE_CHECKING:
     from weft.patterns.base import Resume
 
-WEIGHT, LOSS, STOP, SECONDS = range(NUM_COLUMNS)
-
 
 class Running:
     """Buffers that a training step changes (BatchNorm's statistics): their mean over ranks, weighted; of integers the largest."""
@@ -64,16 +62,20 @@ class JoinedMean(Exchange):
         self.compress = compress
         if link.world == 1:
             return
-        dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
-        momentum = take_momentum(replica, compress) if compress != NONE else None
-        warmup = replica.ctx.total_steps // WARMUP_SHARE
-        self.arena = make_arena(dense, link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
+        self.arena = self._make_arena()
         if compress != NONE:
             self.writers = range(link.world)
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)
         self.presence = self.tail[link.world * NUM_COLUMNS :]
         self.running = Running(replica, link)
+
+    def _make_arena(self) -> Arena:
+        replica, compress = self.replica, self.compress
+        dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
+        momentum = take_momentum(replica, compress) if compress != NONE else None
+        warmup = replica.ctx.total_steps // WARMUP_SHARE
+        return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
 
     def gradients(self, update: Update) -> Update:
         return self._join(update) if self.link.world > 1 else self._alone(update)
@@ -94,10 +96,9 @@ class JoinedMean(Exchange):
         replica, rank = self.replica, self.link.rank
         self._fill_arena(update)
         self.tail.zero_()
-        own = self.rows[rank]
-        own[WEIGHT], own[LOSS] = update.weight, replica.report.losses[0]
-        own[STOP] = float(replica.ctx.stop_requested())
-        own[SECONDS] = replica.seconds
+        stop = float(replica.ctx.stop_requested())
+        own = (update.weight, replica.report.losses[0], stop, replica.seconds)
+        self.rows[rank] = torch.tensor(own, dtype=torch.float64, device=self.tail.device)
         if len(update.entries) == len(self.position):
             self.presence.fill_(1.0)
         else:
@@ -120,7 +121,7 @@ class JoinedMean(Exchange):
             self.arena.take_back(n for n, p in zip(self.position, present, strict=True) if not p)
         correction = replica.joined / sum(weights)  # 1 unless shares or the task's own counts are uneven
         if correction != 1.0:
-            torch._foreach_mul_(self.arena.buffers, correction)
+            torch._foreach_mul_(self.arena.sums, correction)
         self.running.take(correction)
         return self._combined(update, correction, present)
 

@@ -18,6 +18,7 @@ from weft.data.partition import parse as parse_partitioner
 from weft.data.shard_sampler import ShardSampler
 from weft.data.shards import MB, Index, Shards
 from weft.errors import ConfigError, DataError, Incompatible, TaskError
+from weft.patterns import shared_step
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
@@ -60,6 +61,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         else batches.of(data.first[:share])
     )
     before = {n: (b.clone(), b._version) for n, b in model.named_buffers()}
+    given = {n: p.detach().clone() for n, p in params.items()}
     saved = SavedBytes(model)
     with saved:
         loss = task.loss(model, batch)
@@ -68,6 +70,8 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         raise TaskError(
             f"{name}.loss is {loss.item()} on the first batch, before any update: look at the data and the initial weights."
         )
+    writes = sorted(n for n, p in params.items() if not torch.equal(p, given[n]))
+    del given
     counts = task.num_examples(batch)
     if not counts > 0:
         raise TaskError(f"{name}.num_examples returned {counts} for the first batch: it must be positive.")
@@ -118,6 +122,9 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         rate_drops_at=drop,
         optimizer=type(optimizer).__name__,
         momentum=plain_momentum(optimizer) if not sparse else None,
+        step_alone=f"{name}.loss writes to parameter {writes[0]}"
+        if writes
+        else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)
     return facts

@@ -11,7 +11,8 @@ import contextlib
 import math
 import time
 from abc import ABC
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -62,6 +63,7 @@ class Arena:
                 self.views[name] = flat[offset : offset + p.numel()].view(p.shape)
                 offset += p.numel()
         self.views = {name: self.views[name] for name in params}  # in their order
+        self.sums = self.buffers  # what is in use after an exchange
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         """The sum over ranks, of ``beside`` too, in one exchange: the run's ``number``-th."""
@@ -106,6 +108,12 @@ class Replica:
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.optimizer = task.optimizer(list(self.params.values()))
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
+        self.stepped: Mapping[str, nn.Parameter] = (
+            self.params
+        )  # by the optimizer: an exchange may leave it a part of them
+        self.optimizer_state: Callable[[], dict[str, Any]] = partial(
+            optimizer_state_by_name, self.optimizer, self.params
+        )
         self.feed = make_feed(train, ctx, dtype)
         test = readable(test, ctx.facts.indexes.get("held-out"))
         self.test_batches = Batches(test, task, ctx.device, dtype)
@@ -203,7 +211,7 @@ class Replica:
         if self.chain:
             update = apply_all(self.chain, update)
         where_collected = update is self.attached and not self.sparse
-        for name, p in self.params.items() if not where_collected else ():
+        for name, p in self.stepped.items() if not where_collected else ():
             entry = update.entries.get(name)
             if entry is None:
                 p.grad = None
@@ -272,7 +280,7 @@ class Replica:
         return {
             "host_random": [state.cpu() for state in self.link.all_gather(own)],  # by rank
             "model": dict(self.model.state_dict()),
-            "optimizer": optimizer_state_by_name(self.optimizer, self.params),
+            "optimizer": self.optimizer_state(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [t.state_dict() for t in self.chain],
             "stream": self.feed.stream_state(),

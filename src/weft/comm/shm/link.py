@@ -99,6 +99,15 @@ class ShmLink(Link):
         offset = self.region.heap(self.rank) + start
         return torch.frombuffer(self.region.memory, dtype=dtype, count=numel, offset=offset)
 
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        import torch
+
+        if (offset := self._place(buffer)) < 0:
+            return []
+        heaps = [self.region.heap(rank) + offset for rank in range(self.world)]
+        memory, dtype, numel = self.region.memory, buffer.dtype, buffer.numel()
+        return [torch.frombuffer(memory, dtype=dtype, count=numel, offset=heap).view(buffer.shape) for heap in heaps]
+
     def all_reduce(self, buffers: Sequence[torch.Tensor], op: Op = "sum") -> None:
         if len(buffers) == 1 and not self.purpose and (kept := self._kept.get(id(buffers[0]))) is not None:
             if kept[1].is_set_to(buffers[0]) and kept[2] == op and self._error is None:
