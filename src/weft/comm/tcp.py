@@ -339,11 +339,11 @@ class TcpEndpoint(Endpoint):
         """Act on a head. False: a payload that nobody wants yet."""
         peer = connection.peer
         if head.kind is Kind.DATA and peer is not None and _is_from(head, connection):
-            expected = bool(self._posted.get(peer))
+            by_name = bool(self._posted.get(peer))
             try:
                 receiving = self._taker(peer, head)
             except CommError as refusal:
-                if expected:  # the error of the call that expects it
+                if by_name or self._place_any is None:  # the error of the call under way
                     raise
                 raise ConnectionResetError(f"its frame was refused: {refusal}") from refusal
             if receiving is None:
@@ -388,6 +388,9 @@ class TcpEndpoint(Endpoint):
 
     def _incarnation_of(self, peer: int) -> int:
         return self._connected[peer].incarnation
+
+    def _is_ahead(self, peer: int) -> bool:
+        return peer in self._connected and self._connected[peer].held
 
     def pace(self, bytes_per_s: float) -> None:
         for connection in self._connected.values():

@@ -145,10 +145,11 @@ class JoinedMean(Exchange):
         if math.isfinite(sum(losses)) and sum(weights) > 0:
             return
         step = self.replica.step
-        if len(losses) > 1 and step > 0 and not any(map(math.isfinite, losses)):
+        broken = [n for n, p in self.replica.params.items() if not torch.isfinite(p).all()]
+        if broken and step > 0:
             raise TaskError(
-                f"the loss is {losses[0]} on all ranks at step {step + 1}: so were the parameters, by a gradient of step {step} "
-                "that was not finite though the loss was. Look for sqrt, log, norm or a division at 0 in the loss, lower the "
+                f"the loss is {losses[0]} at step {step + 1}, for parameters were no numbers before it ({broken[0]!r}, {len(broken)} in "
+                f"all): a gradient of step {step} was not finite though the loss was. Look for sqrt, log, norm or a division at 0 in the loss, lower the "
                 "learning rate, or run with torch.autograd.set_detect_anomaly(True) in the task: it names the operation."
             )
         for rank, loss in zip(self.ranks, losses, strict=True):
