@@ -102,11 +102,49 @@ def test_qsgd_rounds_to_levels_and_is_right_on_average(levels: int) -> None:
     assert bool(((total / trials - x).abs() <= 5 * spread / 2 / math.sqrt(trials) + 1e-6).all())
 
 
-def test_sign_is_the_sign_times_the_mean_magnitude() -> None:
-    x = given_tensor(10_000)
-    want = torch.cat([torch.where(torch.signbit(b), -1.0, 1.0) * b.abs().mean() for b in x.split(1024)])
-    assert torch.allclose(decoded(Sign(), x), want, rtol=1e-5)
-    assert Sign().nbytes(10_000) == 10_000 // 8 + 10 * 4
+BFLOAT16 = 2.0**-8
+
+
+def best_rank_one(m: Tensor) -> Tensor:
+    """Rows' sums times columns' sums of |m|, scaled by least squares over the flat values."""
+    size = m.abs().double()
+    a = torch.outer(size.sum(1), size.sum(0))
+    return a * torch.linalg.lstsq(a.reshape(-1, 1), size.reshape(-1, 1)).solution
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (5000, 130), (33, 4, 9), (32, 32)])
+def test_sign_is_the_sign_times_what_row_and_column_say(shape: tuple[int, ...]) -> None:
+    x = given_tensor(math.prod(shape))
+    m = x.view(shape[0], -1)
+    got = decoded(Sign([("w", torch.Size(shape))]), x).view_as(m)
+    assert torch.allclose(got.abs().double(), best_rank_one(m), rtol=3 * BFLOAT16)
+    assert torch.equal(torch.signbit(got), torch.signbit(m))
+
+
+@pytest.mark.parametrize(
+    ("shape", "means", "factors"),
+    [((31, 40), 1, 31), ((40, 31), 0, 32), ((3, 31), None, 1), ((1000,), None, 1)],
+    ids=["few rows", "few columns", "few of both", "a vector"],
+)
+def test_a_factor_of_sign_covers_32_values_or_is_none(shape: tuple[int, ...], means: int | None, factors: int) -> None:
+    x = given_tensor(math.prod(shape))
+    m = x.view(shape)
+    codec = Sign([("w", torch.Size(shape))])
+    want = m.abs().mean() if means is None else m.abs().mean(means, keepdim=True)
+    assert torch.allclose(decoded(codec, x).view(shape).abs(), want.expand(shape), rtol=2 * BFLOAT16)
+    assert codec.nbytes(len(x)) == 2 * factors + -(-len(x) // 8)
+
+
+def test_what_sign_leaves_out_is_never_more_than_there_was() -> None:
+    """Else error feedback would not converge. Rank one alone would be off by more: by a cross, whose loud row and column meet in 0."""
+    cross = torch.zeros(100, 100)
+    cross[0, 1:] = cross[1:, 0] = 1.0
+    for m in (cross, torch.eye(100), given_tensor(10_000).view(100, 100)):
+        x = m.reshape(-1)
+        left = torch.linalg.vector_norm(decoded(Sign([("w", m.shape)]), x) - x)
+        assert left < torch.linalg.vector_norm(x)
+    size = torch.outer(cross.sum(1), cross.sum(0)) / cross.sum()
+    assert torch.linalg.vector_norm(size - cross) > 2 * torch.linalg.vector_norm(cross)
 
 
 @given(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from weft.errors import ConfigError, UnknownName
 
@@ -25,7 +25,9 @@ class Argument:
 class Choice:
     doc: str
     arguments: tuple[Argument, ...] = ()
-    wants_momentum: bool = False  # it does better on momentum than on gradients (feedback.MomentumCorrection)
+    #: whose momentum is taken before the codec (feedback.MomentumCorrection), where it learns better so
+    momentum_of: Literal["none", "sgd", "all"] = "none"
+    needs_momentum: bool = False  # and is refused where none can be taken
     biased: bool = True  # as the codec's own: it needs error feedback
 
     def usage(self, name: str) -> str:
@@ -44,17 +46,20 @@ CODECS: dict[str, Choice] = {
         (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
         biased=False,
     ),
-    "sign": Choice("1 bit a value, times the block's mean magnitude", wants_momentum=True),
+    "sign": Choice("1 bit a value, times the mean magnitudes of its row and column", momentum_of="sgd"),
     "topk": Choice(
         "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes",
         (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
-        wants_momentum=True,
+        momentum_of="all",
     ),
     "dgc": Choice(
-        "topk, but refused where no momentum can be taken before it (Deep Gradient Compression)", (RATIO,), True
+        "topk, but refused where no momentum can be taken before it (Deep Gradient Compression)",
+        (RATIO,),
+        momentum_of="all",
+        needs_momentum=True,
     ),
-    "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), True),
-    "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), True),
+    "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), "all"),
+    "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), "all"),
     "powersgd": Choice(
         "each matrix as a product of two of rank RANK", (Argument("rank", "1 or more", int, lambda n: n >= 1),)
     ),
@@ -69,9 +74,16 @@ class Spec:
     arguments: dict[str, Any]
 
     @property
-    def takes_momentum(self) -> bool:
-        """It is better taken before this codec than after it; not where all values are sent, and none waits."""
-        return CODECS[self.name].wants_momentum and self.arguments.get("ratio", 0) != 1
+    def choice(self) -> Choice:
+        return CODECS[self.name]
+
+    def takes_momentum(self, found: tuple[float, bool] | None) -> bool:
+        """Whether the momentum ``found`` (Facts.momentum) is taken before this codec and not after it. Never where all values are
+        sent, and none waits."""
+        if found is None or self.arguments.get("ratio", 0) == 1:
+            return False
+        of_adam = found[1]
+        return self.choice.momentum_of == "all" or (self.choice.momentum_of == "sgd" and not of_adam)
 
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
@@ -96,8 +108,9 @@ def warm_ratio(final: float, exchanges: int, warmup: int) -> float:
     return float(WARM_RATIO * (final / WARM_RATIO) ** (exchanges / warmup))
 
 
-def usages(but: tuple[str, ...] = ()) -> list[str]:
-    return [choice.usage(name) for name, choice in CODECS.items() if name not in but]
+def usages(of_gradients: bool = True) -> list[str]:
+    """Of all codecs; of deltas, only those that go without a momentum."""
+    return [choice.usage(name) for name, choice in CODECS.items() if of_gradients or not choice.needs_momentum]
 
 
 def parse(text: str) -> Spec:

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import (
-    Context,
-    Facts,
-    Pattern,
-    Role,
-    compressed_bytes,
-    compression_notes,
-    feedback_bytes,
-    tail_numel,
-)
+from weft.patterns.base import Context, Facts, Pattern, Role, tail_numel
+from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
@@ -76,7 +68,7 @@ class AllReduce(Pattern):
     def check(self, facts: Facts, config: Config) -> None:
         if self.autocast == "bf16" and config.dtype == "float64":
             raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
-        if self.compress.startswith("dgc") and facts.momentum is None:
+        if self.compress != NONE and facts.momentum is None and parse(self.compress).choice.needs_momentum:
             raise Incompatible(
                 f"compress={self.compress} takes the momentum before the choice, and the task's {facts.optimizer} has none that could be: "
                 "it wants SGD with momentum (no nesterov, dampening or weight decay), Adam or AdamW, one momentum for all "
@@ -108,7 +100,7 @@ class AllReduce(Pattern):
             nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
         else:
             beside = running - integers + tail
-            nbytes = compressed_bytes(facts, self.compress, beside, workers, bytes_for, carrier, steps)
+            nbytes = CompressionPlan(self.compress, facts).bytes_sent(beside, workers, bytes_for, carrier, steps)
             what += f", compressed by {self.compress} but for small tensors"
         if integers:
             nbytes += bytes_for(integers, workers)
@@ -122,7 +114,7 @@ class AllReduce(Pattern):
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         copies = 1 if workers == 1 else 2  # autograd's and the arena's
         compressed = self.compress != NONE and workers > 1
-        kept = {"error feedback": feedback_bytes(facts, self.compress)} if compressed else {}
+        kept = {"error feedback": CompressionPlan(self.compress, facts).kept_bytes()} if compressed else {}
         return kept | {
             "parameters": sum(p.nbytes for p in facts.params),
             "gradients": copies * sum(p.nbytes for p in facts.params if p.trainable),
@@ -143,7 +135,7 @@ class AllReduce(Pattern):
                 f"sparse gradients ({', '.join(sparse)}): only touched rows travel, gathered from all workers"
             )
         if self.compress != NONE:
-            result += compression_notes(self.compress, config.workers, facts)
+            result += CompressionPlan(self.compress, facts).notes(config.workers)
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         return result

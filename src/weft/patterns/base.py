@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from weft.codecs.spec import CODECS, is_compressed, parse
 from weft.comm.link import WORLD
-from weft.cost import all_gather_bytes
 from weft.data.shards import Index
 from weft.plan import LinkPlan
 
@@ -245,49 +243,3 @@ class Pattern(ABC):
     def exchange(self, replica: Replica) -> Exchange:
         """When and what those replicas exchange."""
         raise NotImplementedError
-
-
-def compressed_bytes(
-    facts: Facts,
-    compress: str,
-    beside: int,
-    workers: int,
-    bytes_for: Callable[[int, int], int],
-    carrier: str,
-    warm_steps: int = 0,
-) -> int:
-    """What one worker sends in an exchange of all trained tensors; ``beside`` bytes travel whole with the first sum.
-
-    ``warm_steps``: of a run in which gradients are compressed, so that a sparsifier may warm up; the mean over these.
-    """
-    from weft.patterns.compression import bytes_per_exchange  # imports torch
-
-    warms = facts.momentum is not None and parse(compress).takes_momentum
-    sums, gathered = bytes_per_exchange(facts, compress, warm_steps if warms else 0)
-    result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
-    return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)
-
-
-def compression_notes(compress: str, workers: int, facts: Facts | None = None) -> list[str]:
-    """``facts``: of the task whose optimizer's momentum may be taken before the codec."""
-    if workers == 1:
-        return [f"compress={compress}: one worker sends nothing, so nothing is compressed"]
-    spec = parse(compress)
-    if facts is not None and not any(is_compressed(p.shape) for p in facts.params if p.trainable and not p.sparse):
-        return [f"compress={compress}: no tensor of this model is large enough to be compressed, so all travel whole"]
-    if facts is not None and spec.takes_momentum:
-        if facts.momentum is None:
-            return [
-                f"compress={compress} does better with a momentum taken before it, and {facts.optimizer} as the task sets it has none "
-                "that could be"
-            ]
-        return [f"{facts.optimizer}'s momentum of {facts.momentum[0]:g} is taken before {spec.name}, and not after it"]
-    return []
-
-
-def feedback_bytes(facts: Facts, compress: str, of_gradients: bool = True) -> int:
-    """What a worker keeps of what a codec left out and, of gradients, of a momentum taken before it."""
-    spec = parse(compress)
-    large = sum(p.nbytes for p in facts.params if p.trainable and not p.sparse and is_compressed(p.shape))
-    takes = of_gradients and spec.takes_momentum and facts.momentum is not None
-    return large * (int(CODECS[spec.name].biased) + int(takes))

@@ -42,7 +42,7 @@ def make_arena(
 def take_momentum(replica: Replica, compress: str) -> Momentum | None:
     """From the task's optimizer, which then keeps none, if the codec wants it and the optimizer has one that can be taken."""
     found = replica.ctx.facts.momentum
-    if found is None or not parse(compress).takes_momentum:
+    if found is None or not parse(compress).takes_momentum(found):
         return None
     set_momentum(replica.optimizer, 0.0)
     return Momentum(*found)
@@ -50,7 +50,7 @@ def take_momentum(replica: Replica, compress: str) -> Momentum | None:
 
 def give_momentum_back(replica: Replica, compress: str) -> None:
     """To an optimizer that comes from a checkpoint of several workers, and now works alone."""
-    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum:
+    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum(found):
         set_momentum(replica.optimizer, found[0])
 
 
@@ -163,7 +163,7 @@ def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int) -> list[int]
     return [round((warm * warmup + codec.nbytes(numel, itemsize) * (steps - warmup)) / steps)]
 
 
-def bytes_per_exchange(facts: Facts, compress: str, steps: int) -> tuple[list[int], list[int]]:
+def bytes_per_exchange(facts: Facts, spec: Spec, steps: int) -> tuple[list[int], list[int]]:
     """(bytes of each sum, bytes of each gather) of one exchange; with the first sum travels what is not compressed.
 
     ``steps``: of the run, if a sparsifier warms up in them; else 0.
@@ -174,7 +174,7 @@ def bytes_per_exchange(facts: Facts, compress: str, steps: int) -> tuple[list[in
     gathered: list[int] = []
     for dtype in dict.fromkeys(p.dtype for p in large):
         segments = [(p.name, torch.Size(p.shape)) for p in large if p.dtype == dtype]
-        codec = build_codec(parse(compress), segments)
+        codec = build_codec(spec, segments)
         numel = sum(shape.numel() for _, shape in segments)
         itemsize: int = getattr(torch, dtype).itemsize
         (sums if codec.linear else gathered).extend(mean_bytes(codec, numel, itemsize, steps))

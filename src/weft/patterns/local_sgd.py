@@ -22,17 +22,8 @@ from weft.codecs.spec import NONE, parse, usages
 from weft.comm.link import WORLD
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
-from weft.patterns.base import (
-    Context,
-    Facts,
-    Group,
-    Pattern,
-    Role,
-    compressed_bytes,
-    compression_notes,
-    feedback_bytes,
-    own_rows_numel,
-)
+from weft.patterns.base import Context, Facts, Group, Pattern, Role, own_rows_numel
+from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 
 if TYPE_CHECKING:
@@ -98,14 +89,14 @@ class LocalSGD(Pattern):
     )
     island: int = field(default=1, metadata={"doc": "workers next to each other that train as one"})
     compress: str = field(
-        default=NONE, metadata={"doc": "fewer bytes for a meeting: none, " + ", ".join(usages(but=("dgc",)))}
+        default=NONE, metadata={"doc": "fewer bytes for a meeting: none, " + ", ".join(usages(of_gradients=False))}
     )
     within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
 
     def __post_init__(self) -> None:
-        if self.compress != NONE and parse(self.compress).name == "dgc":
+        if self.compress != NONE and (spec := parse(self.compress)).choice.needs_momentum:
             raise Incompatible(
-                "dgc corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
+                f"{spec.name} corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
             )
         if isinstance(self.within, AllReduce) and self.within.compress != NONE:
             raise Incompatible(
@@ -182,8 +173,9 @@ class LocalSGD(Pattern):
         nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(workers)
         once, meetings = bytes_for(nbytes, workers), self.meetings(facts, config)
         if self.compress != NONE:
-            once = compressed_bytes(
-                facts, self.compress, running + 8 * own_rows_numel(workers), workers, bytes_for, carrier
+            beside = running + 8 * own_rows_numel(workers)
+            once = CompressionPlan(self.compress, facts, of_gradients=False).bytes_sent(
+                beside, workers, bytes_for, carrier
             )
         dtypes = ", ".join(dict.fromkeys(p.dtype for p in facts.params if p.trainable))
         how = f", compressed by {self.compress} but for small tensors" if self.compress != NONE else ""
@@ -217,7 +209,7 @@ class LocalSGD(Pattern):
         result = self.within.memory(facts, self.island)
         trained = sum(p.nbytes for p in facts.params if p.trainable)
         if self.compress != NONE and workers > 1:
-            result["error feedback"] = feedback_bytes(facts, self.compress, of_gradients=False)
+            result["error feedback"] = CompressionPlan(self.compress, facts, of_gradients=False).kept_bytes()
         if self.start and workers > 1:
             result["gradients"] += trained  # an arena of all workers, beside that of the island
         return result | {"last meeting": trained * (3 if self.outer.momentum else 2)}  # where from, delta, momentum
@@ -234,7 +226,7 @@ class LocalSGD(Pattern):
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         if self.compress != NONE:
-            result += compression_notes(self.compress, config.workers)
+            result += CompressionPlan(self.compress, facts, of_gradients=False).notes(config.workers)
         if self.island == config.workers and self.outer == Outer.presets["average"]:
             result.append(
                 "all workers train as one: meetings change nothing, --pattern allreduce does the same and sends less"
