@@ -433,6 +433,27 @@ def test_the_ratio_falls_over_the_warm_up() -> None:
     assert sizes[10] == sizes[11] == 4 * 10 + 4
 
 
+def test_the_rank_falls_over_the_warm_up_and_nothing_is_lost() -> None:
+    """From a quarter of each matrix's bytes; a matrix that begins whole is compressed when that becomes less."""
+    segments = [("w", torch.Size((60, 40))), ("narrow", torch.Size((40, 3))), ("b", torch.Size((7,)))]
+    numel = 60 * 40 + 40 * 3 + 7
+    feedback = build(parse("powersgd:2"), segments, torch.zeros(numel, dtype=torch.float64), warmup=10)
+    assert isinstance(feedback, ErrorFeedback)
+    sizes, waits = [], []
+    for k in range(12):
+        given = given_tensor(numel, k, torch.float64)
+        before, joined = feedback.residual + given, given.clone()
+        sizes.append(exchange_all([feedback.exchange(joined, Keys(5, k, 0), 1)]) // 8)
+        assert sizes[-1] == feedback.codec.nbytes(numel) // 4
+        assert torch.allclose(joined + feedback.residual, before, rtol=0, atol=1e-12 * float(before.abs().max()))
+        left = torch.linalg.matrix_norm((before - joined)[:2400].view(60, 40))
+        waits.append(float(left / torch.linalg.matrix_norm(before[:2400].view(60, 40))))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 6 * (60 + 40) + 2 * (40 + 3) + 7
+    assert sizes[10] == sizes[11] == 2 * (60 + 40) + 2 * (40 + 3) + 7
+    assert waits[0] < waits[-1]
+
+
 # -- what users write
 
 

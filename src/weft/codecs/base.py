@@ -102,6 +102,9 @@ class Codec(ABC):
         for payload in payloads:  # in rank order: the same bits everywhere
             self.add_to(x, payload, keys)
 
+    def warm_up(self, done: float) -> None:
+        """How much of the warm-up is over, 0 to 1: a codec that leaves out much begins with less, and tells its bytes so."""
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

@@ -41,10 +41,11 @@ def build_codec(spec: Spec, segments: Segments, seed: int = 0) -> Codec:
 def build(
     spec: Spec, segments: Segments, like: Tensor, *, seed: int = 0, momentum: Momentum | None = None, warmup: int = 0
 ) -> Plain:
-    """For the flat tensor ``like``, which holds ``segments``. ``momentum``: what is taken over from the task's optimizer; ``warmup``: exchanges until a sparsifier has come down to its ratio."""
+    """For the flat tensor ``like``, which holds ``segments``. ``momentum``: what is taken over from the task's optimizer, if it
+    keeps one and the codec wants it; ``warmup``: exchanges until the codec leaves out as much as it was asked to."""
     codec = build_codec(spec, segments, seed)
     if not codec.biased:
         return Plain(codec)
-    if momentum is not None:
+    if momentum is not None and spec.takes_momentum:
         return MomentumCorrection(codec, momentum, warmup, segments, like)
-    return ErrorFeedback(codec, segments, like)
+    return ErrorFeedback(codec, segments, like, warmup)

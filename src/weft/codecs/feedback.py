@@ -14,7 +14,6 @@ from torch import Tensor
 
 from weft.codecs.base import Codec, Exchanging, Keys, Segments
 from weft.codecs.sparsify import Sparsifier
-from weft.codecs.spec import warm_ratio
 
 
 def by_name(flat: Tensor, segments: Segments) -> dict[str, Tensor]:
@@ -55,14 +54,27 @@ class Plain:
 
 
 class ErrorFeedback(Plain):
-    """e + x is encoded; e keeps what that left out."""
+    """e + x is encoded; e keeps what that left out.
 
-    def __init__(self, codec: Codec, segments: Segments, like: Tensor) -> None:
+    In the first ``warmup`` exchanges the codec leaves out less (Codec.warm_up), evenly by factors. What waits costs most while
+    the gradient still turns from step to step, and the learning rate is high.
+    """
+
+    def __init__(self, codec: Codec, segments: Segments, like: Tensor, warmup: int = 0) -> None:
         super().__init__(codec)
         self.segments, self.residual = segments, torch.zeros_like(like)
+        self.warmup, self.exchanges = warmup, 0
 
     def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
+        self._warm_up()
+        self.exchanges += 1
         yield from self.codec.exchange(x, keys, world, self.residual)
+
+    def _warm_up(self) -> None:
+        self.codec.warm_up(min(1.0, self.exchanges / self.warmup) if self.warmup else 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"exchanges": self.exchanges}
 
     def take_back(self, name: str, share: Tensor) -> None:
         by_name(self.residual, self.segments)[name].add_(share)
@@ -72,6 +84,8 @@ class ErrorFeedback(Plain):
 
     def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Without an ``own`` of this rank (another world than then) nothing is left over."""
+        self.exchanges = int(state.get("exchanges", 0))
+        self._warm_up()
         super().load_state_dict(state, own)
         self.residual.zero_()
         if own:
@@ -113,36 +127,28 @@ class MomentumCorrection(ErrorFeedback):
     Deep Gradient Compression (Lin et al. 2018, eq. 4 and 5), for any codec; for sign it is 1-bit Adam's order (Tang et al. 2021),
     without its frozen variance. Where a value that had waited is sent, its momentum begins anew (momentum factor masking); the
     paper masks all that is sent, which leaves no momentum at all where nothing waits. The optimizer must keep none of its own.
-
-    A sparsifier's ratio starts at 1/4 and falls to its own over ``warmup`` exchanges: the paper's schedule, but evenly.
     """
 
     def __init__(self, codec: Codec, momentum: Momentum, warmup: int, segments: Segments, like: Tensor) -> None:
-        super().__init__(codec, segments, like)
-        self.momentum, self.warmup = RunningMomentum(momentum, like), warmup
-        self.final_ratio = codec.ratio if isinstance(codec, Sparsifier) else 1.0
+        super().__init__(codec, segments, like, warmup)
+        self.momentum = RunningMomentum(momentum, like)
 
     def exchange(self, x: Tensor, keys: Keys, world: int) -> Exchanging:
-        past = self.momentum.steps
         self.momentum(x)
         if not isinstance(self.codec, Sparsifier):
             yield from super().exchange(x, keys, world)
             return
-        self.codec.ratio = warm_ratio(self.final_ratio, past, self.warmup)
         waited = self.residual != 0
         before = self.residual + x
         yield from super().exchange(x, keys, world)
         self.momentum.velocity.masked_fill_(waited.logical_and_(self.residual != before), 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"exchanges": self.momentum.steps}
 
     def own_state_dict(self) -> dict[str, Any]:
         return super().own_state_dict() | {"velocity": by_name(self.momentum.velocity, self.segments)}
 
     def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         super().load_state_dict(state, own)
-        self.momentum.steps = int(state.get("exchanges", 0))
+        self.momentum.steps = self.exchanges
         self.momentum.velocity.zero_()
         if own:
             fill(self.momentum.velocity, self.segments, own["velocity"], "the momentum")

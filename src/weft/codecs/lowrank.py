@@ -8,7 +8,7 @@ starts them from callbacks in an order that differs between ranks, and hangs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.codecs.base import Codec, Exchanging, Keys, Scratch, Segments, Sum
+from weft.codecs.spec import WARM_RATIO, warmed
 
 
 class Matrix(NamedTuple):
@@ -23,6 +24,7 @@ class Matrix(NamedTuple):
     start: int  # in the flat tensor
     rows: int
     columns: int
+    rank: int
 
     @property
     def numel(self) -> int:
@@ -32,30 +34,52 @@ class Matrix(NamedTuple):
 class PowerSgd(Codec):
     """``segments`` say which matrices the flat tensor holds: dim 0 against the others. What would not shrink goes whole.
 
-    Both factors are kept with the short side first, P (r, n) and Q (r, m): BLAS is twice as quick on them.
+    Both factors are kept with the short side first, P (r, n) and Q (r, m): BLAS is twice as quick on them. When the warm-up begins,
+    each matrix has the rank that takes a quarter of its bytes.
     """
 
     name = "powersgd"
     linear = True
 
     def __init__(self, rank: int, segments: Segments, seed: int = 0) -> None:
-        self.rank = rank
+        self.rank, self.segments, self.seed = rank, segments, seed
+        self.numel = sum(shape.numel() for _, shape in segments)
+        self._q: Tensor | None = None
+        self._scratch = Scratch()
+        self._lay_out(dict.fromkeys((name for name, _ in segments), rank))
+
+    def _lay_out(self, ranks: Mapping[str, int]) -> None:
         self.matrices: list[Matrix] = []
         self.whole: list[slice] = []
         start = 0
-        for name, shape in segments:
+        for name, shape in self.segments:
             numel = shape.numel()
             rows = shape[0] if len(shape) > 1 else 1
             columns = numel // max(rows, 1)
-            if len(shape) > 1 and rank * (rows + columns) < numel:
-                self.matrices.append(Matrix(name, start, rows, columns))
+            if len(shape) > 1 and 0 < ranks.get(name, 0) * (rows + columns) < numel:
+                self.matrices.append(Matrix(name, start, rows, columns, ranks[name]))
             elif numel:
                 self.whole.append(slice(start, start + numel))
             start += numel
-        self.numel = start
-        self.seed = seed
-        self._q: Tensor | None = None
-        self._scratch = Scratch()
+
+    def warm_up(self, done: float) -> None:
+        """Where a rank falls, the rows of Q that stay are those of the largest norm: singular values, nearly."""
+        ranks = {}
+        for name, shape in self.segments:
+            rows = shape[0] if len(shape) > 1 else 1
+            quarter = WARM_RATIO * shape.numel() / max(1, rows + shape.numel() // max(rows, 1))
+            ranks[name] = round(warmed(quarter, self.rank, done))
+        before = list(self.matrices)
+        self._lay_out(ranks)
+        if self._q is None or self.matrices == before:
+            return
+        old = dict(zip((m.name for m in before), self._each_q(self._q, before), strict=True))
+        self._q = self._first_q(self._q)
+        for m, q in zip(self.matrices, self._each_q(self._q, self.matrices), strict=True):
+            if (held := old.get(m.name)) is not None:
+                norms = torch.linalg.vector_norm(held, dim=1)
+                keep = norms.topk(min(m.rank, len(held))).indices.sort().values
+                q[: len(keep)] = held[keep]
 
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         if numel != self.numel:
@@ -67,11 +91,11 @@ class PowerSgd(Codec):
 
     @property
     def _p_numel(self) -> int:
-        return self.rank * sum(m.rows for m in self.matrices)
+        return sum(m.rank * m.rows for m in self.matrices)
 
     @property
     def _q_numel(self) -> int:
-        return self.rank * sum(m.columns for m in self.matrices)
+        return sum(m.rank * m.columns for m in self.matrices)
 
     @property
     def _whole_numel(self) -> int:
@@ -94,13 +118,18 @@ class PowerSgd(Codec):
         """(M (n, m), P (r, n), Q (r, m)) of each matrix, as views."""
         at_p = at_q = 0
         for m in self.matrices:
-            end_p, end_q = at_p + self.rank * m.rows, at_q + self.rank * m.columns
+            end_p, end_q = at_p + m.rank * m.rows, at_q + m.rank * m.columns
             yield (
                 x[m.start : m.start + m.numel].view(m.rows, m.columns),
-                p[at_p:end_p].view(self.rank, m.rows),
-                q[at_q:end_q].view(self.rank, m.columns),
+                p[at_p:end_p].view(m.rank, m.rows),
+                q[at_q:end_q].view(m.rank, m.columns),
             )
             at_p, at_q = end_p, end_q
+
+    @staticmethod
+    def _each_q(q: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        parts = torch.split(q, [m.rank * m.columns for m in matrices])
+        return [part.view(m.rank, m.columns) for m, part in zip(matrices, parts, strict=True)]
 
     def _buffers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(first: P and what goes whole, P, what goes whole, Q), Q as the last exchange left it."""
@@ -161,22 +190,22 @@ class PowerSgd(Codec):
         """Q by parameter name, the same on every rank; nothing before the first exchange."""
         if self._q is None:
             return {}
-        parts = torch.split(self._q, [self.rank * m.columns for m in self.matrices])
-        return {m.name: q.view(self.rank, m.columns) for m, q in zip(self.matrices, parts, strict=True)}
+        return {m.name: q for m, q in zip(self.matrices, self._each_q(self._q, self.matrices), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not state:
             self._q = None
             return
-        names = [m.name for m in self.matrices]
-        if set(state) != set(names):
+        self._lay_out({name: len(q) for name, q in state.items()})  # as in the exchange after which it was saved
+        if {m.name for m in self.matrices} != set(state):
+            names = [name for name, shape in self.segments if len(shape) > 1]
             raise ValueError(f"powersgd keeps Q of {names}, and the checkpoint holds {sorted(state)}")
         for m in self.matrices:
-            if tuple(state[m.name].shape) != (self.rank, m.columns):
+            if tuple(state[m.name].shape) != (m.rank, m.columns):
                 raise ValueError(
-                    f"powersgd keeps Q of {m.name} as {(self.rank, m.columns)}, and the checkpoint's is {tuple(state[m.name].shape)}"
+                    f"powersgd keeps Q of {m.name} as {(m.rank, m.columns)}, and the checkpoint's is {tuple(state[m.name].shape)}"
                 )
-        self._q = torch.cat([state[name].reshape(-1) for name in names]) if names else None
+        self._q = torch.cat([state[m.name].reshape(-1) for m in self.matrices])
 
 
 def orthonormalise_(rows: Tensor) -> None:

@@ -169,7 +169,11 @@ class Part(NamedTuple):
         step = max(8, PIECE // columns // 8 * 8)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield slice(start, stop), self.values[start:stop], self.codes[start * columns // 8 : -(-stop * columns // 8)]
+            yield (
+                slice(start, stop),
+                self.values[start:stop],
+                self.codes[start * columns // 8 : -(-stop * columns // 8)],
+            )
 
 
 class Sign(Codec):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.codecs.base import Codec, Keys, Scratch
+from weft.codecs.spec import WARM_RATIO, warmed
 
 BLOCK = 1 << 16  # offsets within it take 16 bits
 PIECE = 1 << 16  # values that are compared together
@@ -27,9 +28,14 @@ def num_kept(ratio: float, numel: int) -> int:
 
 
 class Sparsifier(Codec):
-    """It leaves values out, which then wait. ``ratio`` may change from one exchange to the next, on all ranks alike."""
+    """It leaves values out, which then wait. Its ``ratio`` is 1/4 when the warm-up begins, and ``final_ratio`` after it."""
 
-    ratio: float
+    def __init__(self, ratio: float) -> None:
+        self.ratio = self.final_ratio = ratio
+        self._scratch = Scratch()
+
+    def warm_up(self, done: float) -> None:
+        self.ratio = warmed(WARM_RATIO, self.final_ratio, done)
 
 
 class TopK(Sparsifier):
@@ -42,8 +48,8 @@ class TopK(Sparsifier):
     name = "topk"
 
     def __init__(self, ratio: float, full: bool = False) -> None:
-        self.ratio, self.full = ratio, full
-        self._scratch = Scratch()
+        super().__init__(ratio)
+        self.full = full
 
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return sum(self._lengths(numel, itemsize))
@@ -137,10 +143,6 @@ class RandomK(Sparsifier):
     name = "randomk"
     linear = True
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
-        self._scratch = Scratch()
-
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return num_kept(self.ratio, numel) * itemsize
 
@@ -172,8 +174,8 @@ class RandomBlocks(Sparsifier):
     linear = True
 
     def __init__(self, ratio: float, block: int = 256) -> None:
-        self.ratio, self.block = ratio, block
-        self._scratch = Scratch()
+        super().__init__(ratio)
+        self.block = block
 
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return self._num_chosen(numel) * self.block * itemsize

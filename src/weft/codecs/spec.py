@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from weft.errors import ConfigError, UnknownName
 
@@ -25,8 +25,7 @@ class Argument:
 class Choice:
     doc: str
     arguments: tuple[Argument, ...] = ()
-    #: whose momentum is taken before the codec (feedback.MomentumCorrection), where it learns better so
-    momentum_of: Literal["none", "sgd", "all"] = "none"
+    wants_momentum: bool = False  # it does better on momentum than on gradients (feedback.MomentumCorrection)
     needs_momentum: bool = False  # and is refused where none can be taken
     biased: bool = True  # as the codec's own: it needs error feedback
 
@@ -46,20 +45,20 @@ CODECS: dict[str, Choice] = {
         (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
         biased=False,
     ),
-    "sign": Choice("1 bit a value, times the mean magnitudes of its row and column", momentum_of="sgd"),
+    "sign": Choice("1 bit a value, times the mean magnitudes of its row and column"),
     "topk": Choice(
         "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes",
         (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
-        momentum_of="all",
+        wants_momentum=True,
     ),
     "dgc": Choice(
         "topk, but refused where no momentum can be taken before it (Deep Gradient Compression)",
         (RATIO,),
-        momentum_of="all",
+        wants_momentum=True,
         needs_momentum=True,
     ),
-    "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), "all"),
-    "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), "all"),
+    "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), wants_momentum=True),
+    "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), wants_momentum=True),
     "powersgd": Choice(
         "each matrix as a product of two of rank RANK", (Argument("rank", "1 or more", int, lambda n: n >= 1),)
     ),
@@ -77,13 +76,10 @@ class Spec:
     def choice(self) -> Choice:
         return CODECS[self.name]
 
-    def takes_momentum(self, found: tuple[float, bool] | None) -> bool:
-        """Whether the momentum ``found`` (Facts.momentum) is taken before this codec and not after it. Never where all values are
-        sent, and none waits."""
-        if found is None or self.arguments.get("ratio", 0) == 1:
-            return False
-        of_adam = found[1]
-        return self.choice.momentum_of == "all" or (self.choice.momentum_of == "sgd" and not of_adam)
+    @property
+    def takes_momentum(self) -> bool:
+        """It is better taken before this codec than after it; not where all values are sent, and none waits."""
+        return self.choice.wants_momentum and self.arguments.get("ratio", 0) != 1
 
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
@@ -101,11 +97,11 @@ WARM_RATIO = 0.25
 WARMUP_SHARE = 5  # a fifth of the run's exchanges
 
 
-def warm_ratio(final: float, exchanges: int, warmup: int) -> float:
-    """A sparsifier's ratio after so many exchanges: from 1/4 down to ``final`` over ``warmup`` of them."""
-    if exchanges >= warmup or final >= WARM_RATIO:
+def warmed(first: float, final: float, done: float) -> float:
+    """From ``first`` evenly (by factors) down to ``final``, as ``done`` goes from 0 to 1."""
+    if done >= 1 or final >= first:
         return final
-    return float(WARM_RATIO * (final / WARM_RATIO) ** (exchanges / warmup))
+    return float(first * (final / first) ** done)
 
 
 def usages(of_gradients: bool = True) -> list[str]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from weft.codecs.base import Codec, Exchanging, Gather, Keys, Sum
 from weft.codecs.build import build, build_codec
 from weft.codecs.feedback import Momentum, Plain, RunningMomentum
-from weft.codecs.sparsify import Sparsifier
-from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, is_compressed, parse, warm_ratio
+from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, is_compressed, parse
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
@@ -42,7 +41,7 @@ def make_arena(
 def take_momentum(replica: Replica, compress: str) -> Momentum | None:
     """From the task's optimizer, which then keeps none, if the codec wants it and the optimizer has one that can be taken."""
     found = replica.ctx.facts.momentum
-    if found is None or not parse(compress).takes_momentum(found):
+    if found is None or not parse(compress).takes_momentum:
         return None
     set_momentum(replica.optimizer, 0.0)
     return Momentum(*found)
@@ -50,7 +49,7 @@ def take_momentum(replica: Replica, compress: str) -> Momentum | None:
 
 def give_momentum_back(replica: Replica, compress: str) -> None:
     """To an optimizer that comes from a checkpoint of several workers, and now works alone."""
-    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum(found):
+    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum:
         set_momentum(replica.optimizer, found[0])
 
 
@@ -151,22 +150,23 @@ def shared_out(states: Sequence[Any], world: int) -> Any:
 
 
 def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int) -> list[int]:
-    """Of each exchange that the codec asks for, over ``steps`` of which the first fifth is a sparsifier's warm-up (0: none)."""
-    if not isinstance(codec, Sparsifier) or not (warmup := steps // WARMUP_SHARE):
-        return codec.sums(numel, itemsize)
-    final, ratios = codec.ratio, [warm_ratio(codec.ratio, k, warmup) for k in range(0, warmup, -(-warmup // 100))]
+    """Of each exchange that the codec asks for, over ``steps`` of which the first fifth is its warm-up (0: none)."""
+    final = codec.sums(numel, itemsize)
+    if not (warmup := steps // WARMUP_SHARE):
+        return final
     sizes = []
-    for codec.ratio in ratios:
-        sizes.append(codec.nbytes(numel, itemsize))
-    codec.ratio = final
-    warm = sum(sizes) / len(sizes)
-    return [round((warm * warmup + codec.nbytes(numel, itemsize) * (steps - warmup)) / steps)]
+    for k in range(0, warmup, -(-warmup // 100)):
+        codec.warm_up(k / warmup)
+        sizes.append(codec.sums(numel, itemsize))
+    codec.warm_up(1.0)
+    warm = [sum(size) / len(sizes) for size in zip(*sizes, strict=True)]
+    return [round((w * warmup + f * (steps - warmup)) / steps) for w, f in zip(warm, final, strict=True)]
 
 
 def bytes_per_exchange(facts: Facts, spec: Spec, steps: int) -> tuple[list[int], list[int]]:
     """(bytes of each sum, bytes of each gather) of one exchange; with the first sum travels what is not compressed.
 
-    ``steps``: of the run, if a sparsifier warms up in them; else 0.
+    ``steps``: of the run, if the codec warms up in them; else 0.
     """
     trained = [p for p in facts.params if p.trainable and not p.sparse]
     large = [p for p in trained if is_compressed(p.shape)]

@@ -27,7 +27,7 @@ class CompressionPlan:
 
     @property
     def takes_momentum(self) -> bool:
-        return self.of_gradients and self.spec.takes_momentum(self.facts.momentum)
+        return self.of_gradients and self.facts.momentum is not None and self.spec.takes_momentum
 
     def bytes_sent(
         self, beside: int, workers: int, bytes_for: Callable[[int, int], int], carrier: str, steps: int = 0
@@ -36,7 +36,7 @@ class CompressionPlan:
         first sum."""
         from weft.patterns.compression import bytes_per_exchange  # imports torch
 
-        sums, gathered = bytes_per_exchange(self.facts, self.spec, steps if self.takes_momentum else 0)
+        sums, gathered = bytes_per_exchange(self.facts, self.spec, steps if self.of_gradients else 0)
         result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
         return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)
 
@@ -54,7 +54,7 @@ class CompressionPlan:
         if self.takes_momentum:
             assert momentum is not None
             return [f"{optimizer}'s momentum of {momentum[0]:g} is taken before {self.spec.name}, and not after it"]
-        if self.of_gradients and momentum is None and self.spec.choice.momentum_of != "none":
+        if self.of_gradients and self.spec.takes_momentum:
             return [
                 f"{name} does better with a momentum taken before it, and {optimizer} as the task sets it has none that could be"
             ]
