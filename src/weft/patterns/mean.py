@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.codecs.spec import NONE, WARMUP_SHARE
+from weft.codecs.spec import NONE
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
@@ -66,8 +66,9 @@ class JoinedMean(Exchange):
             return
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
         momentum = take_momentum(replica, compress) if compress != NONE else None
-        warmup = replica.ctx.total_steps // WARMUP_SHARE
-        self.arena = make_arena(dense, link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
+        self.arena = make_arena(
+            dense, link, compress, seed=replica.seed, momentum=momentum, steps=replica.ctx.total_steps
+        )
         if compress != NONE:
             self.writers = range(link.world)
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
