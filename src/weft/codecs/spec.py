@@ -27,6 +27,7 @@ class Choice:
     arguments: tuple[Argument, ...] = ()
     wants_momentum: bool = False  # it does better on momentum than on gradients (feedback.MomentumCorrection)
     needs_momentum: bool = False  # and is refused where none can be taken
+    warmup: float = 0.2  # the share of a run's exchanges in which it leaves out less (Codec.warm_up)
     biased: bool = True  # as the codec's own: it needs error feedback
 
     def usage(self, name: str) -> str:
@@ -60,7 +61,9 @@ CODECS: dict[str, Choice] = {
     "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), wants_momentum=True),
     "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), wants_momentum=True),
     "powersgd": Choice(
-        "each matrix as a product of two of rank RANK", (Argument("rank", "1 or more", int, lambda n: n >= 1),)
+        "each matrix as a product of two of rank RANK",
+        (Argument("rank", "1 or more", int, lambda n: n >= 1),),
+        warmup=0.5,
     ),
 }
 
@@ -81,6 +84,10 @@ class Spec:
         """It is better taken before this codec than after it; not where all values are sent, and none waits."""
         return self.choice.wants_momentum and self.arguments.get("ratio", 0) != 1
 
+    def warmup(self, steps: int) -> int:
+        """Exchanges until it leaves out as much as it was asked to, in a run of so many."""
+        return int(steps * self.choice.warmup)
+
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
 
@@ -93,8 +100,7 @@ def is_compressed(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and math.prod(shape) >= MIN_NUMEL
 
 
-WARM_RATIO = 0.25
-WARMUP_SHARE = 5  # a fifth of the run's exchanges
+WARM_RATIO = 0.25  # of what would be sent whole, when a warm-up begins
 
 
 def warmed(first: float, final: float, done: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weft.codecs.base import Codec, Exchanging, Gather, Keys, Sum
 from weft.codecs.build import build, build_codec
 from weft.codecs.feedback import Momentum, Plain, RunningMomentum
-from weft.codecs.spec import NONE, WARMUP_SHARE, Spec, is_compressed, parse
+from weft.codecs.spec import NONE, Spec, is_compressed, parse
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
@@ -30,12 +30,12 @@ def make_arena(
     *,
     seed: int,
     momentum: Momentum | None = None,
-    warmup: int = 0,
+    steps: int = 0,
 ) -> Arena:
-    """As ``compress`` says: "none", or what weft.codecs.spec.parse reads."""
+    """As ``compress`` says: "none", or what weft.codecs.spec.parse reads. ``steps``: of the run, if the codec warms up in them."""
     if compress == NONE or link.world == 1:
         return Arena(params, link)
-    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum, warmup=warmup)
+    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum, steps=steps)
 
 
 def take_momentum(replica: Replica, compress: str) -> Momentum | None:
@@ -72,7 +72,7 @@ class CompressedArena(Arena):
         *,
         seed: int,
         momentum: Momentum | None,
-        warmup: int,
+        steps: int,
     ) -> None:
         large = {n: p for n, p in params.items() if is_compressed(p.shape)}
         super().__init__(params, link, first=large)
@@ -81,7 +81,14 @@ class CompressedArena(Arena):
         for flat in self.buffers[: len({p.dtype for p in large.values()})]:
             segments = [(n, p.shape) for n, p in large.items() if p.dtype == flat.dtype]
             self.feedbacks.append(
-                build(spec, segments, flat, seed=key_int(seed, "codec"), momentum=momentum, warmup=warmup)
+                build(
+                    spec,
+                    segments,
+                    flat,
+                    seed=key_int(seed, "codec"),
+                    momentum=momentum,
+                    warmup=spec.warmup(steps),
+                )
             )
         #: what is not compressed; its momentum is taken after the exchange, where the optimizer would have
         self.whole = self.buffers[len(self.feedbacks) :]
@@ -149,10 +156,10 @@ def shared_out(states: Sequence[Any], world: int) -> Any:
     return torch.stack(list(states)).sum(0) / world
 
 
-def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int) -> list[int]:
-    """Of each exchange that the codec asks for, over ``steps`` of which the first fifth is its warm-up (0: none)."""
+def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int, warmup: int) -> list[int]:
+    """Of each exchange that the codec asks for, over ``steps`` of which the first ``warmup`` warm up."""
     final = codec.sums(numel, itemsize)
-    if not (warmup := steps // WARMUP_SHARE):
+    if not warmup:
         return final
     sizes = []
     for k in range(0, warmup, -(-warmup // 100)):
@@ -177,7 +184,7 @@ def bytes_per_exchange(facts: Facts, spec: Spec, steps: int) -> tuple[list[int],
         codec = build_codec(spec, segments)
         numel = sum(shape.numel() for _, shape in segments)
         itemsize: int = getattr(torch, dtype).itemsize
-        (sums if codec.linear else gathered).extend(mean_bytes(codec, numel, itemsize, steps))
+        (sums if codec.linear else gathered).extend(mean_bytes(codec, numel, itemsize, steps, spec.warmup(steps)))
     sums[:2] = [sum(sums[:2])]
     sums[0] += sum(p.nbytes for p in trained) - sum(p.nbytes for p in large)
     return sums, gathered

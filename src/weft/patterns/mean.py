@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.codecs.spec import NONE, WARMUP_SHARE
+from weft.codecs.spec import NONE
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
@@ -74,8 +74,8 @@ class JoinedMean(Exchange):
         replica, compress = self.replica, self.compress
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
         momentum = take_momentum(replica, compress) if compress != NONE else None
-        warmup = replica.ctx.total_steps // WARMUP_SHARE
-        return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
+        steps = replica.ctx.total_steps
+        return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, steps=steps)
 
     def gradients(self, update: Update) -> Update:
         return self._join(update) if self.link.world > 1 else self._alone(update)
