@@ -34,6 +34,8 @@ bench: $(READY)
 	$(BIN)/python bench/step.py --save
 	$(BIN)/python bench/balance.py --save
 	$(BIN)/python bench/reporting.py --save
+	$(BIN)/python bench/local_sgd.py --save
+	$(BIN)/python bench/codecs.py --save
 
 # Runs (runs/) are the user's: they stay.
 clean:

@@ -1,11 +1,18 @@
-"""Speed of the codecs: encode and decode of 25 million float32 on one thread, each against the plain way to write it in torch.
+"""Speed of the codecs on one thread, 25 million float32: encode, decode, and a rank's whole exchange with error feedback.
 
     python bench/codecs.py [--quick] [--save]
 
-The plain ways are what a first implementation does: whole tensors, one operation after the other, new memory for each; for top-k
-torch.topk. Both sides encode the same numbers in turns.
+Peers, on the same numbers in turns: the plain way to write it in torch (whole tensors, one operation after the other, new memory
+for each; for top-k torch.topk), against encode; and torch's own DDP hooks, against the whole exchange. The hooks run unchanged,
+in a process group of one, which moves nothing; the quantization hook does not run on Gloo, so its arithmetic is called instead.
 
-Last line: one JSON object. *_GBps: bytes of float32 encoded a second; *_decode_GBps; *_vs_plain: plain time / ours, encoding.
+The machine's limits are the best of what was measured between the codecs. A codec that reads all of x encodes at the read limit
+at most (PowerSGD, which reads it twice, at half of it; chosen blocks are 1 % of it): *_of_limit is its share of that, the writing
+of its payload not counted.
+
+Last line: one JSON object. *_GBps: bytes of float32 encoded a second; *_decode_GBps: decoded and added; *_exchange_GBps: all that
+one of two ranks computes in an exchange; *_feedback_GBps: the same where error feedback belongs to it; *_vs_plain: plain time /
+ours, encoding; *_vs_torch_hook: the hook's time / our exchange; *_of_limit.
 """
 
 from __future__ import annotations
@@ -21,8 +28,9 @@ import torch
 from harness import Sample, machine, ratio, save
 from torch import Tensor
 
-from weft.codecs.base import Keys
-from weft.codecs.build import build_codec
+from weft.codecs.base import Gather, Keys
+from weft.codecs.build import build, build_codec
+from weft.codecs.feedback import Plain
 from weft.codecs.spec import parse
 
 SIDE = 5000
@@ -76,6 +84,68 @@ PLAIN: dict[str, Callable[[Tensor], object]] = {
 }
 
 
+class Bucket:
+    """What DDP hands to a hook: one matrix."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.flat = x
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def gradients(self) -> list[Tensor]:
+        return [self.flat.view(SIDE, SIDE)]
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+
+def torch_hooks() -> dict[str, Callable[[Tensor], object]]:
+    """By our name of the codec."""
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+    state.iter = 2
+
+    def quantized(x: Tensor) -> Tensor:
+        observer = torch.ao.quantization.MinMaxObserver()
+        observer(x)
+        scale, zero = observer.calculate_qparams()
+        codes = quantization_hooks._quantize_per_tensor_backend(x, scale, zero)
+        total = torch.zeros_like(codes, dtype=torch.float32)
+        for _ in range(2):  # ranks
+            total += quantization_hooks._dequantize_per_tensor_backend(codes, scale, zero)
+        return total / 2
+
+    return {
+        "bf16": lambda x: default_hooks.bf16_compress_hook(None, Bucket(x)).wait(),  # type: ignore[arg-type]
+        "fp16": lambda x: default_hooks.fp16_compress_hook(None, Bucket(x)).wait(),  # type: ignore[arg-type]
+        "powersgd:4": lambda x: powerSGD_hook.powerSGD_hook(state, Bucket(x)).wait(),  # type: ignore[arg-type]
+        "int8": quantized,
+    }
+
+
+def exchange(feedback: Plain, x: Tensor, keys: Keys) -> None:
+    """As one of two ranks, whose link takes no time; the other sends the same."""
+    exchanging = feedback.exchange(x, keys, 2)
+    try:
+        asked = next(exchanging)
+        while True:
+            asked = exchanging.send([asked.payload] * 2 if isinstance(asked, Gather) else None)
+    except StopIteration:
+        pass
+
+
+def limits(x: Tensor, out: Tensor) -> list[float]:
+    """GB/s of reading, writing and copying 100 MB."""
+    return [x.nbytes / seconds(fn) / 1e9 for fn in (x.sum, out.zero_, lambda: out.copy_(x))]
+
+
 def seconds(fn: Callable[[], object]) -> float:
     begin = time.perf_counter()
     fn()
@@ -101,30 +171,60 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUMEL, generator=generator) * torch.rand(NUMEL, generator=generator) ** 3
-    out = torch.zeros(NUMEL)
+    out, given = torch.zeros(NUMEL), torch.zeros(NUMEL)
+    repeats = 3 if args.quick else 9
+    machines, shown = [limits(x, out) for _ in range(3)], []
+    hooks = torch_hooks()
+    segments = [("w", torch.Size((SIDE, SIDE)))]
     for text in SPECS:
-        codec = build_codec(parse(text), [("w", torch.Size((SIDE, SIDE)))])
-        keys = Keys(1, 2, 0)
-        payload = codec.encode(x, keys).clone()
-        PLAIN[text](x)
-        ours, plain, decode = [], [], []
-        for _ in range(3 if args.quick else 9):
-            ours.append(seconds(lambda codec=codec, keys=keys: codec.encode(x, keys)))
-            plain.append(seconds(lambda text=text: PLAIN[text](x)))
-            decode.append(seconds(lambda codec=codec, keys=keys, payload=payload: codec.add_to(out, payload, keys)))
-        speed, back = (Sample([4 * NUMEL / s / 1e9 for s in times]) for times in (ours, decode))
-        gain = ratio(Sample(plain), Sample(ours))
-        wanted = f" (wanted {WANTED[text]})" if text in WANTED else ""
+        codec, feedback = build_codec(parse(text), segments), build(parse(text), segments, x)
+        payload = codec.encode(x, Keys(1, 0, 0)).clone()
+        times: dict[str, list[float]] = {"encode": [], "plain": [], "decode": [], "exchange": [], "hook": []}
+        for number in range(-1, repeats):  # the first is to warm up
+            keys = Keys(1, 1 + number, 0)
+            now = {
+                "encode": seconds(lambda codec=codec, keys=keys: codec.encode(x, keys)),
+                "plain": seconds(lambda text=text: PLAIN[text](x)),
+                "decode": seconds(lambda codec=codec, payload=payload, keys=keys: codec.add_to(out, payload, keys)),
+            }
+            given.copy_(x)
+            now["exchange"] = seconds(lambda feedback=feedback, keys=keys: exchange(feedback, given, keys))
+            given.copy_(x)
+            if text in hooks:
+                now["hook"] = seconds(lambda text=text: hooks[text](given))
+            if number >= 0:
+                for what, took in now.items():
+                    times[what].append(took)
+        speed, back, whole = (Sample([4 * NUMEL / s / 1e9 for s in times[w]]) for w in ("encode", "decode", "exchange"))
+        gain = ratio(Sample(times["plain"]), Sample(times["encode"]))
         share = codec.nbytes(NUMEL) / (4 * NUMEL)
-        say(
-            f"{text:12} encode {speed.text()}{wanted}, decode and add {back.text()}, plain / ours {gain.text()}; {share:.2%} of the bytes"
-        )
         name = text.partition(":")[0]
+        with_feedback = " with feedback" if codec.biased else ""
         figures |= {
             f"{name}_GBps": round(speed.median, 2),
             f"{name}_decode_GBps": round(back.median, 2),
-            f"{name}_vs_plain": round(gain.median, 2),
+            f"{name}_{'feedback' if codec.biased else 'exchange'}_GBps": round(whole.median, 2),
+            f"{name}_vs_{'torch_topk' if name == 'topk' else 'plain'}": round(gain.median, 2),
         }
+        wanted = f" (wanted {WANTED[text]})" if text in WANTED else ""
+        line = (
+            f"{text:12} encode {speed.text()}{wanted}, decode and add {back.text()}, "
+            f"exchange{with_feedback} {whole.text()}, plain / ours {gain.text()}"
+        )
+        if times["hook"]:
+            over = ratio(Sample(times["hook"]), Sample(times["exchange"]))
+            figures[f"{name}_vs_torch_hook"] = round(over.median, 2)
+            line += f", torch's hook / our exchange {over.text()}"
+        say(f"{line}; {share:.2%} of the bytes")
+        shown.append((name, speed.median, {"powersgd": 2.0, "blocks": 0.01, "randomk": 0.01}.get(name, 1.0)))
+        machines += [limits(x, out) for _ in range(3)]
+    read, write, copy = (max(kind) for kind in zip(*machines, strict=True))
+    figures |= {"read_GBps": round(read, 2), "write_GBps": round(write, 2), "copy_GBps": round(copy, 2)}
+    figures |= {f"{name}_of_limit": round(speed * passes / read, 2) for name, speed, passes in shown}
+    shares = ", ".join(f"{name} {speed * passes / read:.0%}" for name, speed, passes in shown)
+    say(
+        f"limits of this machine: read {read:.1f}, write {write:.1f}, copy {copy:.1f} GB/s; of the read limit: {shares}"
+    )
     if args.save:
         for path in save("codecs", where, lines, {"ratios": figures}, " ".join(["python", *sys.argv])):
             print(f"wrote {path}")

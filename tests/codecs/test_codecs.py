@@ -18,7 +18,7 @@ from weft.codecs.build import build, build_codec
 from weft.codecs.feedback import ErrorFeedback, Momentum, MomentumCorrection, RunningMomentum
 from weft.codecs.lowrank import PowerSgd, orthonormalise_
 from weft.codecs.quantize import Int8, Qsgd, Sign
-from weft.codecs.sparsify import RandomBlocks, RandomK, TopK, largest
+from weft.codecs.sparsify import RandomBlocks, RandomK, TopK, largest, where_true
 from weft.codecs.spec import CODECS, parse
 from weft.errors import ConfigError, UnknownName
 
@@ -162,7 +162,8 @@ def test_topk_takes_the_largest_and_exactly_as_many(numel: int, ratio: float, se
         "spikes": lambda: np.where(np.arange(numel) == numel // 2, 1e6, 1e-6 * rng.standard_normal(numel)),
     }[kind]().astype(np.float32)
     k = math.ceil(ratio * numel)
-    chosen = largest(x, min(k, numel))
+    chosen, values = largest(x.copy(), min(k, numel))
+    assert np.array_equal(values, x[chosen])
     assert len(chosen) == len(set(chosen.tolist())) == min(k, numel)
     assert bool((np.diff(chosen) > 0).all())
     left = np.delete(np.abs(x), chosen)
@@ -172,7 +173,7 @@ def test_topk_takes_the_largest_and_exactly_as_many(numel: int, ratio: float, se
 def test_topk_of_many_values_is_exact_too() -> None:
     x = given_tensor(2_000_003).numpy()
     k = 20_001
-    assert set(largest(x, k).tolist()) == set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
+    assert set(largest(x, k)[0].tolist()) == set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
 
 
 def test_topk_sends_half_precision_and_the_rounding_stays() -> None:
@@ -272,6 +273,32 @@ def test_what_is_sent_and_what_is_left_is_what_was_given(spec: str, numel: int, 
     assert torch.allclose(came + waits, given_in_all, rtol=0, atol=1e-11 * scale)
     if make(spec, numel).nbytes(numel, 8) < 4 * numel:
         assert float(torch.linalg.vector_norm(came - given_in_all)) > 1e-9, "it left nothing out: no test"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("spec", ["int8", "sign", "qsgd", "qsgd:3", "topk:0.01", "topk:0.3", "bf16"])
+def test_what_is_done_in_pieces_is_what_the_plain_way_does(spec: str, numel: int, dtype: torch.dtype) -> None:
+    codec = make(spec, numel)
+    x, waits = given_tensor(numel, 1, dtype), given_tensor(numel, 2, dtype)
+    plain, before = waits.clone(), x.clone()
+    want = Codec.encode_with_feedback(codec, x, plain, KEYS).clone()
+    got = codec.encode_with_feedback(x, waits, KEYS).clone()
+    assert torch.equal(got, want)
+    assert torch.equal(waits, plain)
+    assert torch.equal(x, before)
+    payloads = [got, codec.encode(x, KEYS).clone(), got]
+    joined, wanted = torch.full_like(x, 7.0), torch.full_like(x, 7.0)
+    Codec.decode_sum(codec, payloads, wanted, KEYS)
+    codec.decode_sum(payloads, joined, KEYS)
+    assert torch.equal(joined, wanted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.0115, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("numel", [0, 1, 8, 64, 1000, 4099, 131_072])
+def test_where_a_mask_is_true(numel: int, share: float) -> None:
+    mask = np.random.default_rng(numel).random(numel) < share
+    assert np.array_equal(where_true(mask), np.flatnonzero(mask))
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if make(s, 4).biased])

@@ -83,24 +83,35 @@ class Codec(ABC):
         out.zero_()
         self.add_to(out, payload, keys)
 
+    def encode_with_feedback(self, x: Tensor, residual: Tensor, keys: Keys) -> Tensor:
+        """``encode`` of residual + x; ``residual`` becomes what that leaves out. ``x`` stays as it is.
+
+        This is the plain way. Where a codec works through the cache in pieces, it does all three there: from memory they take
+        three times as long as the encoding.
+        """
+        payload = self.encode(residual.add_(x), keys)
+        self.add_to(residual, payload, keys, alpha=-1.0)
+        return payload
+
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor, keys: Keys) -> None:
+        """Of all ranks, in their order: the same bits everywhere. This, too, is the plain way."""
+        out.zero_()
+        for payload in payloads:
+            self.add_to(out, payload, keys)
+
     def exchange(self, x: Tensor, keys: Keys, world: int, residual: Tensor | None = None) -> Exchanging:
         """``x`` becomes the sum over ``world`` ranks of what each encoded of x + residual; ``residual`` what is left of it.
 
         Whatever a codec does, the sum over ranks of x and residual stays what it was, to rounding.
         """
-        given = x if residual is None else residual.add_(x)
-        payload = self.encode(given, keys)
-        if residual is not None:
-            self.add_to(residual, payload, keys, alpha=-1.0)
+        payload = self.encode(x, keys) if residual is None else self.encode_with_feedback(x, residual, keys)
         if self.linear:
             yield Sum([payload])
             self.decode(payload, x, keys)
             return
         payloads = yield Gather(payload)
         assert payloads is not None
-        x.zero_()
-        for payload in payloads:  # in rank order: the same bits everywhere
-            self.add_to(x, payload, keys)
+        self.decode_sum(payloads, x, keys)
 
     def warm_up(self, done: float) -> None:
         """How much of the warm-up is over, 0 to 1: a codec that leaves out much begins with less, and tells its bytes so."""

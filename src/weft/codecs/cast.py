@@ -7,6 +7,8 @@ from torch import Tensor
 
 from weft.codecs.base import Codec, Keys, Scratch
 
+PIECE = 1 << 17  # values that are added together: they stay in the cache
+
 
 class Cast(Codec):
     """bf16 keeps float32's range and 8 bits of its mantissa; fp16 keeps 11, and overflows beyond 65504."""
@@ -23,7 +25,10 @@ class Cast(Codec):
         return self._scratch("payload", len(x), self.dtype, x.device).copy_(x)
 
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
-        out.add_(payload, alpha=alpha)
+        for start in range(0, len(out), PIECE):  # torch adds unlike types in a new tensor of the size of both
+            part = out[start : start + PIECE]
+            work = self._scratch("work", len(part), out.dtype, out.device)
+            part.add_(work.copy_(payload[start : start + PIECE]), alpha=alpha)
 
     def decode(self, payload: Tensor, out: Tensor, keys: Keys) -> None:
         out.copy_(payload)

@@ -16,10 +16,11 @@ from weft.codecs.base import Codec, Keys, Scratch
 from weft.codecs.spec import WARM_RATIO, warmed
 
 BLOCK = 1 << 16  # offsets within it take 16 bits
-PIECE = 1 << 16  # values that are compared together
+PIECE = 1 << 17  # values that are compared together: they and the answers stay in the cache
 SAMPLE = 100_000  # of the magnitudes, to guess the threshold
 SLACK = 1.15  # guess it low enough for this many times k candidates
 
+Array = np.ndarray[Any, Any]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -73,14 +74,29 @@ class TopK(Sparsifier):
         )
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
+        return self._encode(x, None)
+
+    def encode_with_feedback(self, x: Tensor, residual: Tensor, keys: Keys) -> Tensor:
+        return self._encode(residual, x)
+
+    def _encode(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        """Of x + plus, if ``plus`` is given: and then what is left goes to ``x``."""
         payload = self._scratch("payload", self.nbytes(len(x), x.element_size()), torch.uint8, x.device)
         values, counts, offsets = self._parts(payload, x)
         if not len(values):
             return payload
-        chosen = torch.from_numpy(largest(x.numpy(), len(values))) if x.is_cpu else _largest_on_device(x, len(values))
-        values.copy_(x[chosen])
-        counts.copy_(torch.bincount(chosen >> 16, minlength=len(counts)))
+        if x.is_cpu:
+            where, found = largest(x.numpy(), len(values), None if plus is None else plus.numpy())
+            chosen = torch.from_numpy(where)
+            values.copy_(torch.from_numpy(found))
+        else:
+            chosen = _largest_on_device(x if plus is None else x.add_(plus), len(values))
+            values.copy_(x[chosen])
+        ends = torch.searchsorted(chosen, torch.arange(1, len(counts) + 1, device=x.device) * BLOCK)
+        counts.copy_(torch.diff(ends, prepend=ends.new_zeros(1)))
         offsets.copy_(chosen & (BLOCK - 1))  # 40,000 becomes -25,536: 16 bits either way
+        if plus is not None:
+            x[chosen] -= values.to(x.dtype)
         return payload
 
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
@@ -96,40 +112,67 @@ class TopK(Sparsifier):
         out.index_add_(0, chosen, values.to(out.dtype), alpha=alpha)
 
 
-def largest(x: np.ndarray[Any, Any], k: int) -> Indices:
-    """Indices of the k largest magnitudes, ascending. A threshold is guessed from a sample, and what exceeds it compared."""
+def largest(x: Array, k: int, plus: Array | None = None) -> tuple[Indices, Array]:
+    """(indices, values) of the k largest magnitudes, ascending by index. With ``plus`` it is added to ``x`` first.
+
+    A threshold is guessed from a sample, and what exceeds it compared. As ``np.argsort(-abs(x))[:k]``, sorted, but for ties.
+    """
     n = len(x)
-    if k == n:
-        return np.arange(n)
-    sample = np.abs(x[:: max(1, n // SAMPLE)])
+    every = slice(None, None, max(1, n // SAMPLE))
+    sample = np.abs(x[every] if plus is None else x[every] + plus[every])
     wanted = min(len(sample) - 1, int(SLACK * k / n * len(sample)) + 3)
     threshold = np.partition(sample, len(sample) - 1 - wanted)[len(sample) - 1 - wanted]
-    while True:
-        chosen, magnitudes = above(x, threshold)
-        if len(chosen) >= k:
-            break
-        if not threshold > 0:  # more than n - k of them are 0
-            chosen, magnitudes = np.arange(n), np.abs(x)
+    chosen, values = above(x, threshold, plus)
+    while len(chosen) < k:
+        if not threshold > 0 or k == n:  # more than n - k of them are 0
+            chosen, values = np.arange(n), x.copy()
             break
         threshold *= 0.5
+        chosen, values = above(x, threshold)
     if len(chosen) > k:
-        keep = np.zeros(len(chosen), np.bool_)
-        keep[np.argpartition(magnitudes, len(chosen) - k)[len(chosen) - k :]] = True
-        chosen = chosen[keep]
-    return chosen
+        sizes = np.abs(values)
+        sizes[np.isnan(sizes)] = np.inf
+        least = np.partition(sizes, len(sizes) - k)[len(sizes) - k]
+        keep = sizes >= least
+        ties = np.flatnonzero(sizes == least)
+        keep[ties[len(ties) - (np.count_nonzero(keep) - k) :]] = False
+        kept = np.flatnonzero(keep)
+        chosen, values = chosen[kept], values[kept]
+    return chosen, values
 
 
-def above(x: np.ndarray[Any, Any], threshold: float) -> tuple[Indices, np.ndarray[Any, Any]]:
-    """Where |x| > threshold or is NaN, and |x| there."""
-    work, beyond = np.empty(PIECE, x.dtype), np.empty(PIECE, np.bool_)
-    chosen, magnitudes = [], []
+def above(x: Array, threshold: float, plus: Array | None = None) -> tuple[Indices, Array]:
+    """Where |x| > threshold or is NaN, and x there. With ``plus`` it is added to ``x`` first."""
+    at_most, below = np.empty(PIECE, np.bool_), np.empty(PIECE, np.bool_)
+    chosen, values = [], []
     for start in range(0, len(x), PIECE):
-        given = x[start : start + PIECE]
-        size = np.abs(given, out=work[: len(given)])
-        found = np.flatnonzero(np.logical_not(np.less_equal(size, threshold, out=beyond[: len(given)])))
-        chosen.append(found + start)
-        magnitudes.append(size[found])
-    return np.concatenate(chosen), np.concatenate(magnitudes)
+        piece = x[start : start + PIECE]
+        if plus is not None:
+            np.add(piece, plus[start : start + PIECE], out=piece)
+        size = len(piece)
+        np.less_equal(piece, threshold, out=at_most[:size])  # neither is true of NaN
+        np.less(piece, -threshold, out=below[:size])
+        found = where_true(np.equal(at_most[:size], below[:size], out=below[:size]))
+        values.append(piece[found])
+        found += start
+        chosen.append(found)
+    return np.concatenate(chosen), np.concatenate(values)
+
+
+def where_true(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Indices:
+    """``np.flatnonzero(mask)``. That one mispredicts a branch at each hit, unless more than a tenth are hits: so first find the
+    words of eight that hold one, among as many more that count as found, then look into these, an eighth of which are hits."""
+    num_words = len(mask) // 8
+    if num_words * 8 != len(mask) or not num_words:
+        return np.flatnonzero(mask)
+    words, found = mask.view(np.uint64), np.ones(num_words + num_words // 9 + 1, np.bool_)
+    np.not_equal(words, 0, out=found[:num_words])
+    hot = np.flatnonzero(found)[: num_words - len(found)]
+    inside = np.flatnonzero(words[hot].view(np.bool_))
+    chosen: Indices = hot[inside >> 3]
+    chosen <<= 3
+    chosen |= inside & 7
+    return chosen
 
 
 def _largest_on_device(x: Tensor, k: int) -> Tensor:
@@ -176,6 +219,8 @@ class RandomBlocks(Sparsifier):
     def __init__(self, ratio: float, block: int = 256) -> None:
         super().__init__(ratio)
         self.block = block
+        #: what it was drawn for, and the order: it takes longer to draw than to send, and holds for a whole turn
+        self._order: tuple[tuple[int, ...], Indices] | None = None
 
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return self._num_chosen(numel) * self.block * itemsize
@@ -188,9 +233,11 @@ class RandomBlocks(Sparsifier):
         if not m:
             return np.empty(0, np.int64)
         turn = -(-total // m)
-        order = keys.shared(turn).permutation(total)
+        drawn_for = (total, keys.seed, keys.number // turn, turn)
+        if self._order is None or self._order[0] != drawn_for:
+            self._order = drawn_for, keys.shared(turn).permutation(total)
         first = keys.number % turn * m
-        return np.sort(np.take(order, range(first, first + m), mode="wrap"))
+        return np.sort(np.take(self._order[1], range(first, first + m), mode="wrap"))
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
         chosen = self._chosen(len(x), keys)

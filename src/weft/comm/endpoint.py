@@ -305,7 +305,9 @@ class Endpoint(ABC):
         self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: object
     ) -> DeadlineExceeded:
         silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
-        heard_nothing_of = {p for p in silent if not self._is_ahead(p)} or silent  # behind what it sent, its answer may wait
+        heard_nothing_of = {
+            p for p in silent if not self._is_ahead(p)
+        } or silent  # behind what it sent, its answer may wait
         ranks = tuple(sorted(heard_nothing_of or needed))
         what = "there, but too slow to end" if watch and not silent else "not there"
         return DeadlineExceeded(f"{doing}: {name_ranks(ranks)} {what} before the deadline", ranks)
