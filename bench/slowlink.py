@@ -10,6 +10,7 @@ end to end: seconds from starting torchrun until the held-out loss is what DDP f
 on the plateau of byte frequencies). Every side evaluates every 10 steps, on the clock. --quick (2 hosts, about a minute) and
 --steps-only time some steps instead and say so: without start-up and evaluation, and after a sparsifier's warm-up.
 losses: after all 300 steps, three seeds, at full speed on one host (the network does not touch them).
+overlap: uncompressed, gradients that leave during backward against after it, also at 1 Gbit/s and with larger models.
 ring: our uncompressed ring over TCP against 2(p-1)a + 2(p-1)/p n b, with a and b measured between two of the hosts.
 
 A whole bench takes most of an hour. Each measurement is kept in runs/slowlink as soon as it is done, and not made again;
@@ -31,8 +32,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import PEERS, machine, peer_python, run, save
 
@@ -42,7 +44,6 @@ from weft.testing.hosts import Host, hosts, why_not
 
 RATE = "100mbit"
 TASK, TARGET = "weft.tasks.codelm:CodeLM", "codelm"
-OPTIONS = {"size": "wire"}
 STEPS, TARGET_STEP, EVAL_EVERY = 300, 150, 10
 WORLDS = (2, 4)
 SEEDS = (0, 1, 2)
@@ -50,14 +51,25 @@ OURS = "weft powersgd:4"
 DDP, FP16 = "ddp", "ddp fp16"
 SIDES = (DDP, FP16, "ddp powersgd:4", OURS, "weft topk:0.01")
 MAY_FAIL = ("ddp powersgd:4",)  # torch's hook does not survive everywhere
-PARTS = ("ring", "time", "losses")
+PARTS = ("ring", "time", "losses", "overlap")
 PARTIAL = Path(__file__).parent.parent / "runs" / "slowlink"
 SOURCE = str(Path(weft.__file__).parents[1])
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCE, "GLOO_SOCKET_IFNAME": "eth0"}
 PORT = 29400
 SILENCE_S = 90.0  # without a step: a side has hung
+OVERLAP = (("100mbit", "small", 8, 9), ("1gbit", "small", 8, 18), ("1gbit", "medium", 4, 9))
 RING_NUMEL = 6_250_000  # 25 MB
 Say = Callable[[str], None]
+
+
+class Setup(NamedTuple):
+    """Hosts, their network, and what is trained on them. ``share``: sequences of a worker and step."""
+
+    world: int
+    rate: str = RATE
+    size: str = "wire"
+    share: int = 1
+    options: tuple[str, ...] = ()  # more of them, for Weft
 
 
 @dataclass
@@ -76,7 +88,7 @@ class Timed:
     def step_s(self, after: int) -> float:
         """Median over steps later than ``after``; where several steps were told together, their mean."""
         told = [(step, s) for step, s, held_out in self.marks if held_out is None and step >= after]
-        return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(told, told[1:], strict=False))
+        return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(told))
 
     @property
     def bytes_per_step(self) -> float:
@@ -90,14 +102,17 @@ class Failed(Exception):
 # -- one side on hosts
 
 
-def on_hosts(side: str, world: int, steps: int, until_step: int, until_loss: float, eval_every: int, say: Say) -> Timed:
+def on_hosts(
+    side: str, setup: Setup, steps: int, until_step: int, until_loss: float = float("-inf"), eval_every: int = 0
+) -> Timed:
     """Run one side until it has come to ``until_loss`` or ``until_step``; ``steps``: what its schedule is made for."""
+    world, eval_every = setup.world, eval_every or until_step
     timed = Timed(side, world)
     with ExitStack() as at_end:
         folder = Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="weft-bench-")))
-        members = at_end.enter_context(hosts(world, rate=RATE))
+        members = at_end.enter_context(hosts(world, rate=setup.rate))
         begun = time.time()
-        processes = list(start(side, members, folder, steps, until_step, until_loss, eval_every))
+        processes = list(start(side, setup, members, folder, steps, until_step, until_loss, eval_every))
         read = read_weft if side.startswith("weft") else read_peer
         told, heard, sent_before = begun, begun, [0] * world
         while True:
@@ -133,6 +148,7 @@ def is_over(mark: tuple[int, float, float | None], until_step: int, until_loss: 
 
 def start(
     side: str,
+    setup: Setup,
     members: Sequence[Host],
     folder: Path,
     steps: int,
@@ -140,7 +156,7 @@ def start(
     until_loss: float,
     eval_every: int,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    ours, compress = side.startswith("weft"), (side.split(" ", 1) + ["none"])[1]
+    ours, compress = side.startswith("weft"), side.partition(" ")[2] or "none"
     for rank, host in enumerate(members):
         launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(members)), "--nproc-per-node", "1"]
         launcher += ["--node-rank", str(rank), "--master-addr", members[0].address, "--master-port", str(PORT)]
@@ -150,25 +166,43 @@ def start(
                 *launcher,
                 "-m",
                 "weft",
-                *weft_command(compress, len(members), steps, eval_every),
+                *weft_command(compress, setup, steps, eval_every),
             ]
             command += ["--insecure", "--run-dir", str(folder / "run")]
         else:
-            command = [peer_python(), *launcher, *peer_command(compress, len(members), steps, until_step, eval_every)]
+            command = [peer_python(), *launcher, *peer_command(compress, setup, steps, until_step, eval_every)]
             command.append(f"--until-loss={until_loss}")  # may be -inf
         with (folder / f"out-{rank}").open("wb") as out, (folder / f"err-{rank}").open("wb") as err:
             yield host.popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
 
-def weft_command(compress: str, world: int, steps: int, eval_every: int, seed: int = 0) -> list[str]:
-    options = [word for key, value in OPTIONS.items() for word in ("-t", f"{key}={value}")]
-    sizes = ["--batch", str(world), "--steps", str(steps), "--eval-every", str(eval_every), "--seed", str(seed)]
+def weft_command(compress: str, setup: Setup, steps: int, eval_every: int, seed: int = 0) -> list[str]:
+    options = ["-t", f"size={setup.size}", *setup.options]
+    sizes = [
+        "--batch",
+        str(setup.share * setup.world),
+        "--steps",
+        str(steps),
+        "--eval-every",
+        str(eval_every),
+        "--seed",
+        str(seed),
+    ]
     return ["run", TARGET, *options, *sizes, "--compress", compress, "--save-every", "0"]
 
 
-def peer_command(hook: str, world: int, steps: int, until_step: int, eval_every: int, seed: int = 0) -> list[str]:
-    sizes = ["--batch", str(world), "--steps", str(steps), "--until-step", str(until_step), "--seed", str(seed)]
-    what = [str(PEERS / "slow_link.py"), TASK, "--options", json.dumps(OPTIONS), "--hook", hook]
+def peer_command(hook: str, setup: Setup, steps: int, until_step: int, eval_every: int, seed: int = 0) -> list[str]:
+    sizes = [
+        "--batch",
+        str(setup.share * setup.world),
+        "--steps",
+        str(steps),
+        "--until-step",
+        str(until_step),
+        "--seed",
+        str(seed),
+    ]
+    what = [str(PEERS / "slow_link.py"), TASK, "--options", json.dumps({"size": setup.size}), "--hook", hook]
     return [*what, *sizes, "--eval-every", str(eval_every)]
 
 
@@ -211,16 +245,16 @@ def bytes_sent(pid: int) -> int:
 
 def final_loss(side: str, world: int, seed: int) -> float:
     """After all steps, on this host."""
-    compress = (side.split(" ", 1) + ["none"])[1]
+    compress = side.partition(" ")[2] or "none"
     if side.startswith("weft"):
         with tempfile.TemporaryDirectory(prefix="weft-bench-") as folder:
             place = Path(folder) / "run"
-            command = [sys.executable, "-m", "weft", *weft_command(compress, world, STEPS, STEPS, seed)]
+            command = [sys.executable, "-m", "weft", *weft_command(compress, Setup(world), STEPS, STEPS, seed)]
             run([*command, "--workers", str(world), "--run-dir", str(place), "--json"], env={"PYTHONPATH": SOURCE})
             return float(next(e.values["loss"] for e in read_events(place / "events.jsonl") if e.kind == "eval"))
     launcher = [peer_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     env = {key: value for key, value in ENV.items() if key != "GLOO_SOCKET_IFNAME"}
-    said = run([*launcher, *peer_command(compress, world, STEPS, STEPS, STEPS, seed)], env=env)
+    said = run([*launcher, *peer_command(compress, Setup(world), STEPS, STEPS, STEPS, seed)], env=env)
     return float(json.loads(said.splitlines()[-1])["loss"])
 
 
@@ -236,29 +270,33 @@ def ring_member(rank: int, addresses: Sequence[str]) -> None:
     from weft.comm.wire import Meta
 
     world = len(addresses)
-    listener = listen(addresses[rank], PORT, insecure=True)
-    endpoint = TcpEndpoint(rank, listener, {k: (a, PORT) for k, a in enumerate(addresses)}, deadline_s=60.0)
     payload = torch.zeros(RING_NUMEL)
     data, meta = memoryview(payload.numpy()).cast("B"), Meta("measure")
 
-    def one_way(num_bytes: int, repeats: int) -> float:
-        """Seconds of a frame of so many bytes, answered by an empty one, and of one that is empty both ways."""
+    def join(members: Sequence[str], port: int) -> TcpEndpoint:
+        listener = listen(addresses[rank], port, insecure=True)
+        return TcpEndpoint(rank, listener, {k: (a, port) for k, a in enumerate(members)}, deadline_s=60.0)
+
+    def one_way(endpoint: TcpEndpoint, num_bytes: int, repeats: int) -> float:
+        """Seconds of a frame of so many bytes, answered by an empty one."""
         took = []
         for number in range(repeats):
             begin = time.perf_counter()
             if rank == 0:
                 endpoint.send(1, number, meta, [data[:num_bytes]])
-                endpoint.recv_any(place=lambda head: [data[: head.payload_bytes]])
-            elif rank == 1:
-                endpoint.recv_any(place=lambda head: [data[: head.payload_bytes]])
+            endpoint.recv_any(place=lambda head: [data[: head.payload_bytes]])
+            if rank == 1:
                 endpoint.send(0, number, meta)
             took.append(time.perf_counter() - begin)
         return statistics.median(took)
 
-    both_ways = one_way(0, 50)
-    large = one_way(payload.nbytes, 3)
-    alpha = both_ways / 2
-    beta = (large - both_ways) / payload.nbytes
+    alpha = beta = 0.0
+    if rank < 2:
+        pair = join(addresses[:2], PORT + 1)
+        both_ways, large = one_way(pair, 0, 50), one_way(pair, payload.nbytes, 3)
+        alpha, beta = both_ways / 2, (large - both_ways) / payload.nbytes
+        pair.close()
+    endpoint = join(addresses, PORT)
     link = RingLink(endpoint, rank, world)
     took = []
     for _ in range(4):
@@ -358,6 +396,8 @@ def main() -> None:
             figures |= steps_only(args.hosts, args.sides, (8, 40), kept, say)
         elif "time" in args.only:
             figures |= end_to_end(args.hosts, args.sides, kept, say)
+        if "overlap" in args.only:
+            figures |= report_overlap(kept, say)
         if "losses" in args.only:
             figures |= report_losses(args.hosts, args.sides, kept, say)
     if args.save:
@@ -390,7 +430,7 @@ def end_to_end(worlds: Sequence[int], sides: Sequence[str], kept: Callable[..., 
                 **kept(
                     f"time {world} {side}",
                     lambda side=side, until=until, target=target, world=world: asdict(
-                        on_hosts(side, world, STEPS, until, target, EVAL_EVERY, say)
+                        on_hosts(side, Setup(world), STEPS, until, target, EVAL_EVERY)
                     ),
                 )
             )
@@ -419,7 +459,7 @@ def describe(timed: Timed, target: float) -> str:
     if timed.failed:
         return head + "failed, " + timed.failed.strip().splitlines()[-1][:200]
     seconds = timed.seconds_to(target)
-    step, last, loss = timed.marks[-1]
+    step, _, loss = timed.marks[-1]
     reached = (
         f"{seconds:.1f} s to {target:.4f}, step {step}" if seconds is not None else f"not at {target:.4f} ({loss})"
     )
@@ -442,9 +482,7 @@ def steps_only(
             timed = Timed(
                 **kept(
                     f"steps {world} {side}",
-                    lambda side=side, num=num, world=world: asdict(
-                        on_hosts(side, world, num, num, float("-inf"), num, say)
-                    ),
+                    lambda side=side, num=num, world=world: asdict(on_hosts(side, Setup(world), num, num)),
                 )
             )
             if timed.failed:
@@ -459,6 +497,29 @@ def steps_only(
             for peer, short in ((DDP, "ddp"), (FP16, "fp16")):
                 if peer in found:
                     figures[f"steps_vs_{short}_{world}hosts{name}"] = round(found[peer] / found[side], 2)
+    return figures
+
+
+def report_overlap(kept: Callable[..., Any], say: Say) -> dict[str, float]:
+    """Weft uncompressed, whose gradients leave during backward, against itself, whose gradients leave after it."""
+    figures: dict[str, float] = {}
+    for rate, size, share, num in OVERLAP:
+        step_s = {}
+        for overlap in ("off", "on"):
+            setup = Setup(2, rate, size, share, ("-o", f"overlap={overlap}", "-t", "test_windows=2"))
+            timed = Timed(
+                **kept(
+                    f"overlap {rate} {size} {overlap}",
+                    lambda setup=setup, num=num: asdict(on_hosts("weft none", setup, num, num)),
+                )
+            )
+            step_s[overlap] = timed.step_s(num // 3)
+        gain = step_s["off"] / step_s["on"]
+        figures[f"overlap_{size}_{rate}"] = round(gain, 3)
+        say(
+            f"2 hosts at {rate}, {size}, {share} sequences each, uncompressed: {step_s['off']:.3f} s a step, with overlap "
+            f"{step_s['on']:.3f} s: {gain:.2f} times as fast"
+        )
     return figures
 
 

@@ -51,7 +51,7 @@ CHANGES: dict[str, Any] = {
 NOT_SETTINGS = {"task", "pattern", "pattern_options"}
 
 PATTERN_CHANGES = {
-    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16", "compress": "int8"},
+    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16", "compress": "int8", "overlap": "on"},
     "localsgd": {
         "every": 2,
         "outer": "diloco",

@@ -128,6 +128,7 @@ class Session(ABC):
     launch: str = ""  # names what an outer launcher started, the same after it has restarted us; "": there is none
     restart: int = 0  # how often it did
     notes: tuple[str, ...] = ()  # for the plan
+    between_hosts: bool = False  # members stand on several
 
     def join(self, request: Mapping[str, str], deadline_s: float, insecure: bool) -> bool:
         """Meet the other processes; all must have the same ``request``. True: drive the run. False: ``follow``."""

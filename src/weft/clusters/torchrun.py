@@ -175,6 +175,7 @@ class TorchrunSession(ProcessSession):
         number = next(_opened)
         self.launch = place.job if number == 1 else f"{place.job}-{number}"
         self.restart = place.restart
+        self.between_hosts = not place.on_one_host
         super().__init__(preload, env=_nccl_interface(self.host))
 
     def _check_network(self, insecure: bool) -> None:

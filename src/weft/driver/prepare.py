@@ -60,6 +60,7 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
     facts = msgspec.convert(reply["facts"], Facts, strict=False)
+    facts = msgspec.structs.replace(facts, between_hosts=session.between_hosts)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
     cluster = pick_cluster(config.cluster)
@@ -166,7 +167,8 @@ def make_plan(
             "link": f"{carrier} ({why})",
             "device": f"{facts.device} ({'asked for' if config.device != 'auto' else 'auto'})",
         }
-        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {}),
+        | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {})
+        | pattern.choices(facts, config, carrier),
         notes=[
             *pattern.notes(facts, config),
             *facts.about_data,

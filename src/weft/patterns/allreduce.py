@@ -7,11 +7,12 @@ Equal to one process on the joined batch. One exchange a step, of 2(p-1)/p times
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
+from weft.cost import GIGABIT, bucket_bytes, cut_buckets
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import (
     Context,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from weft.patterns.training import Exchange, Replica
 
 
+OVERLAPPING = ("gloo", "tcp")  # carriers that a thread may use beside backward
+
+
 @dataclass(frozen=True)
 class AllReduce(Pattern):
     name: ClassVar[str] = "allreduce"
@@ -41,7 +45,7 @@ class AllReduce(Pattern):
     answers: ClassVar[dict[str, str]] = {
         "where do parameters live": "on every worker",
         "who talks to whom": "a ring of all workers (any collective)",
-        "when": "each step, after backward",
+        "when": "each step, after backward; between hosts already during it",
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
@@ -54,6 +58,13 @@ class AllReduce(Pattern):
     )
 
     compress: str = field(default=NONE, metadata={"doc": "fewer bytes for the gradients: none, " + ", ".join(usages())})
+
+    overlap: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "doc": "gradients leave in buckets while backward goes on: auto where workers stand on several hosts"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.compress != NONE:
@@ -89,14 +100,59 @@ class AllReduce(Pattern):
                 f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
             )
 
+    def unoverlapped(self, facts: Facts, config: Config, carrier: str) -> str:
+        """Why the exchange comes after backward; empty: it begins during backward."""
+        if self.overlap == "off":
+            return "asked for"
+        if config.workers == 1:
+            return "there is one worker"
+        if carrier == "shm":
+            return "inside a host it gains nothing: those who compute have no cores to spare"
+        if carrier not in OVERLAPPING:
+            return f"link {carrier!r} cannot be used beside backward"
+        if self.compress != NONE:
+            return f"compress={self.compress} leaves little to hide"
+        if self.overlap == "on":
+            return ""
+        if not facts.between_hosts:
+            return "the workers stand on one host, where it gains nothing"
+        return "" if len(self.buckets(facts, config)) > 1 else "all gradients fit into one bucket"
+
+    def bucket_bytes(self, config: Config) -> int:
+        return bucket_bytes(config.workers, GIGABIT)
+
+    def buckets(self, facts: Facts, config: Config) -> list[int]:
+        """Bytes of each, in the order in which they leave."""
+        sizes = [p.nbytes for p in facts.params if p.trainable and not p.sparse]
+        return [sum(sizes[k] for k in part) for part in cut_buckets(sizes, self.bucket_bytes(config))]
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        why = self.unoverlapped(facts, config, carrier)
+        if config.workers == 1:
+            return {}
+        if why and self.overlap == "on":
+            raise Incompatible(f"overlap=on is not possible: {why}. Leave it out (auto).")
+        if why:
+            return {"overlap": f"off ({why})"}
+        asked = "asked for; " if self.overlap == "on" else ""
+        return {"overlap": f"on ({asked}{len(self.buckets(facts, config))} buckets, the last parameters' first)"}
+
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
-        plan = self.among(facts, config.workers, bytes_for, carrier, config.total_steps(facts.train_examples))
+        buckets = self.buckets(facts, config) if not self.unoverlapped(facts, config, carrier) else []
+        steps = config.total_steps(facts.train_examples)
+        plan = self.among(facts, config.workers, bytes_for, carrier, steps, buckets[:-1])
         return [plan] if plan else []
 
     def among(
-        self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str, steps: int = 0
+        self,
+        facts: Facts,
+        workers: int,
+        bytes_for: Callable[[int, int], int],
+        carrier: str,
+        steps: int = 0,
+        early: Sequence[int] = (),
     ) -> LinkPlan | None:
-        """Of a group of this size; None if there is nobody to talk to."""
+        """Of a group of this size; None if there is nobody to talk to. ``early``: bytes of buckets that leave by themselves."""
         if workers == 1:
             return None
         gradients = facts.gradient_bytes
@@ -105,7 +161,8 @@ class AllReduce(Pattern):
         what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
         integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
         if self.compress == NONE:
-            nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
+            nbytes = sum(bytes_for(n, workers) for n in early)
+            nbytes += bytes_for(sum(gradients.values()) - sum(early) + running - integers + tail, workers)
         else:
             beside = running - integers + tail
             nbytes = compressed_bytes(facts, self.compress, beside, workers, bytes_for, carrier, steps)
@@ -144,6 +201,8 @@ class AllReduce(Pattern):
             )
         if self.compress != NONE:
             result += compression_notes(self.compress, config.workers, facts)
+        if self.overlap == "on" and config.workers == 1:
+            result.append("overlap=on: one worker sends nothing")
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         return result
@@ -156,5 +215,9 @@ class AllReduce(Pattern):
 
     def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.mean import JoinedMean
+        from weft.patterns.overlap import OverlappedMean
 
+        facts, config, link = replica.ctx.facts, replica.ctx.config, replica.link
+        if not self.unoverlapped(facts, config, link.carrier):
+            return OverlappedMean(replica, link, self.bucket_bytes(config))
         return JoinedMean(replica, replica.link, compress=self.compress)

@@ -80,6 +80,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
 
     optimizer: str = ""  # the class of the task's
+    between_hosts: bool = False  # the workers stand on several
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
     )
@@ -159,6 +160,7 @@ class StepReport:
     exchange_s: float = 0.0
     wait_s: float = 0.0
     skew_s: float = 0.0  # of wait_s: until the slowest rank had computed
+    hidden_s: float = 0.0  # of exchanges beside these, while backward went on
     bytes_sent: int = 0  # since the last report
     sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
     messages: int = 0
@@ -211,6 +213,10 @@ class Pattern(ABC):
     @abstractmethod
     def memory(self, facts: Facts, workers: int) -> dict[str, int]:
         """Predicted bytes on one worker by purpose."""
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        """What it chose where it had a choice, and why, for the plan. Refuses what was asked for and cannot be over this carrier."""
+        return {}
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         """Policies that touch this model, in words, for the plan."""

@@ -112,6 +112,11 @@ class LocalSGD(Pattern):
                 f"within.compress={self.within.compress} would compress the quick links inside an island: compress the meetings, "
                 f"compress={self.within.compress}."
             )
+        if isinstance(self.within, AllReduce) and self.within.overlap == "on":
+            raise Incompatible(
+                "within.overlap=on would send the gradients of an island during backward, and inside a host that gains nothing: "
+                "leave it out."
+            )
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("island", self.island, 1)):
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")

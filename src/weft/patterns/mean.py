@@ -64,16 +64,20 @@ class JoinedMean(Exchange):
         self.compress = compress
         if link.world == 1:
             return
-        dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
-        momentum = take_momentum(replica, compress) if compress != NONE else None
-        warmup = replica.ctx.total_steps // WARMUP_SHARE
-        self.arena = make_arena(dense, link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
+        self.arena = self._make_arena()
         if compress != NONE:
             self.writers = range(link.world)
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)
         self.presence = self.tail[link.world * NUM_COLUMNS :]
         self.running = Running(replica, link)
+
+    def _make_arena(self) -> Arena:
+        replica, compress = self.replica, self.compress
+        dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
+        momentum = take_momentum(replica, compress) if compress != NONE else None
+        warmup = replica.ctx.total_steps // WARMUP_SHARE
+        return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, warmup=warmup)
 
     def gradients(self, update: Update) -> Update:
         return self._join(update) if self.link.world > 1 else self._alone(update)
@@ -130,6 +134,8 @@ class JoinedMean(Exchange):
         source: list[Tensor] = []
         target: list[Tensor] = []
         for name, view in self.arena.views.items():
+            if not self._to_copy(name):
+                continue
             entry = update.entries.get(name)
             if entry is None:
                 view.zero_()
@@ -139,6 +145,10 @@ class JoinedMean(Exchange):
                 target.append(view)
         if target:
             torch._foreach_copy_(target, source)
+
+    def _to_copy(self, name: str) -> bool:
+        """Its gradient is not yet in the arena."""
+        return True
 
     def _check(self, losses: list[float], weights: list[float]) -> None:
         if math.isfinite(sum(losses)) and sum(weights) > 0:
