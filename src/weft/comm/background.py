@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from weft.comm.link import Link
+from weft.spans import SECOND_THREAD
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class Background:
             traffic = self.link.traffic
             self._before = (traffic.busy_s, traffic.wait_s)
             self._carried_s = 0.0
-            self._thread = threading.Thread(target=self._carry_out, name="weft-exchange", daemon=True)
+            self._thread = threading.Thread(target=self._carry_out, name=SECOND_THREAD, daemon=True)
             self._thread.start()
         self._queue.put(buffers)
 
