@@ -441,7 +441,7 @@ def end_to_end(worlds: Sequence[int], sides: Sequence[str], kept: Callable[..., 
         base = found[DDP].marks[-1][1]
         for side, timed in found.items():
             seconds = timed.seconds_to(target)
-            if not side.startswith("weft") or seconds is None:
+            if not side.startswith("weft") or timed.failed or seconds is None:
                 continue
             name = "" if side == OURS else f"_{side.split(' ', 1)[1].partition(':')[0]}"
             figures[f"vs_ddp_{world}hosts{name}"] = round(base / seconds, 2)
