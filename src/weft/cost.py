@@ -3,12 +3,15 @@ says that both agree."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 SLOT_BYTES = 4096  # torch.distributed: every call begins with a gather of slots that hold signature and small data
 SLOT_HEAD_BYTES = 24
+LATENCY_SHARE = 0.05  # of a bucket's time
+MIN_BUCKET_BYTES = 1 << 20
 
 AUTO = "auto"
 #: How message carriers all-reduce; of equals the first is chosen.
@@ -31,6 +34,7 @@ class LinkSpeed(NamedTuple):
 
 #: What is assumed where nobody has measured: two busy cores that talk over loopback, or hand over in one process.
 UNMEASURED = LinkSpeed(latency_s=100e-6, bytes_per_s=2e9)
+GIGABIT = LinkSpeed(latency_s=200e-6, bytes_per_s=125e6)  # the same between hosts
 
 
 class Choice(NamedTuple):
@@ -177,3 +181,24 @@ def _hierarchical_gather_bytes(nbytes: int, world: int, hosts: Sequence[int]) ->
         inside += sum((local - 1) * world * (nbytes + NUMBER_BYTES) for local in hosts)
     between = (len(hosts) - 1) * world * (nbytes + NUMBER_BYTES)
     return round((inside + between) / world)
+
+
+# Overlap
+
+
+def bucket_bytes(world: int, speed: LinkSpeed) -> int:
+    """Of gradients that leave together during backward: the least for which the latency of a ring, 2(p-1)a, is at most a twentieth
+    of its 2(p-1)/p n b. Smaller buckets leave earlier, and less is left for after backward; below a MiB calls cost more than that."""
+    return max(MIN_BUCKET_BYTES, math.ceil(world * speed.latency_s * speed.bytes_per_s / LATENCY_SHARE))
+
+
+def cut_buckets(sizes: Sequence[int], least: int) -> list[range]:
+    """Neighbours in ``sizes``, from the last to the first, in parts of at least ``least`` together; the last part may be smaller."""
+    parts: list[range] = []
+    end, held = len(sizes), 0
+    for k in reversed(range(len(sizes))):
+        held += sizes[k]
+        if held >= least or k == 0:
+            parts.append(range(k, end))
+            end, held = k, 0
+    return parts

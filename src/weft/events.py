@@ -5,8 +5,8 @@ Kinds and their ``values``:
   collective by group ("collective", "collective of island"): how messages all-reduce, by size, and why
   started   pid
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
-            step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), data_s
-            (this member's seconds), bytes_sent, messages; sent (bytes by group) where it stands in several.
+            step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), hidden_s
+            (of exchanges beside these two, while backward went on), data_s (this member's seconds), bytes_sent, messages; sent (bytes by group) where it stands in several.
             Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
   loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
   balance   shares (examples of a joined batch by rank, from the next step on), reason

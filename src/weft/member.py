@@ -37,7 +37,7 @@ from weft.task import Defaults
 from weft.usage import Usage
 
 TICK_S = 0.2
-SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "data_s", "bytes_sent", "messages")
+SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "hidden_s", "data_s", "bytes_sent", "messages")
 USAGE_S = 1.0
 
 

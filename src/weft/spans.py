@@ -7,6 +7,7 @@ and the last one to two times ``segment`` are kept. report/trace.py makes one ti
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import msgspec
 clock = time.perf_counter
 
 SEGMENT = 250_000  # spans; about 10 MB
+SECOND_THREAD = "weft-exchange"  # its name, where a member has one that works beside its own
+BESIDE = "beside: "  # begins the name of what it did
 BATCH = 256  # spans in memory
 FLUSH_S = 0.2
 
@@ -86,6 +89,7 @@ class Spans:
         segment: int = SEGMENT,
     ) -> None:
         self.step = 0
+        self._lock = threading.Lock()
         self._role, self._member, self._clock = role, member, own_clock
         self._on_error, self._segment_size = on_error, segment
         self._stem = f"{role}-{member}.{time.time_ns()}"
@@ -97,13 +101,20 @@ class Spans:
         self._encode = msgspec.json.Encoder().encode
 
     def add(self, name: str, begin: float, end: float) -> None:
-        self._batch.append((name, begin, end, self.step))
-        if len(self._batch) >= BATCH or end - self._flushed > FLUSH_S:
-            self._flushed = end
-            self.flush()
+        if threading.current_thread().name == SECOND_THREAD:
+            name = BESIDE + name
+        with self._lock:
+            self._batch.append((name, begin, end, self.step))
+            if len(self._batch) >= BATCH or end - self._flushed > FLUSH_S:
+                self._flushed = end
+                self._flush()
 
     def flush(self) -> None:
         """What was recorded survives a kill from here on."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
         batch, self._batch = self._batch, []
         if not batch or self._number == -2:
             return

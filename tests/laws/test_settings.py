@@ -52,7 +52,14 @@ CHANGES: dict[str, Any] = {
 NOT_SETTINGS = {"task", "pattern", "pattern_options"}
 
 PATTERN_CHANGES = {
-    "allreduce": {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16", "compress": "int8", "shared_step": "on"},
+    "allreduce": {
+        "accumulate": 2,
+        "clip_norm": 0.01,
+        "autocast": "bf16",
+        "compress": "int8",
+        "shared_step": "on",
+        "overlap": "on",
+    },
     "localsgd": {
         "every": 2,
         "outer": "diloco",

@@ -60,6 +60,7 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
     facts = msgspec.convert(reply["facts"], Facts, strict=False)
+    facts = msgspec.structs.replace(facts, between_hosts=len(session.hosts) > 1)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
     cluster = pick_cluster(config.cluster)

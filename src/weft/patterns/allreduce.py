@@ -7,11 +7,12 @@ Equal to one process on the joined batch. One exchange a step, of 2(p-1)/p times
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.codecs.spec import NONE, parse, usages
+from weft.cost import GIGABIT, bucket_bytes, cut_buckets
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Context, Facts, Group, Pattern, Role, tail_numel
 from weft.patterns.compression_plan import CompressionPlan
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from weft.patterns.training import Exchange, Replica
 
 
+OVERLAPPING = ("gloo", "tcp")  # carriers that a thread may use beside backward
+
+
 @dataclass(frozen=True)
 class AllReduce(Pattern):
     name: ClassVar[str] = "allreduce"
@@ -35,7 +39,7 @@ class AllReduce(Pattern):
     answers: ClassVar[dict[str, str]] = {
         "where do parameters live": "on every worker",
         "who talks to whom": "a ring of all workers (any collective)",
-        "when": "each step, after backward",
+        "when": "each step, after backward; between hosts already during it",
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
@@ -53,6 +57,12 @@ class AllReduce(Pattern):
         default="auto",
         metadata={
             "doc": "one optimizer step for the workers of a host: each steps its part of parameters that live in the memory of all"
+        },
+    )
+    overlap: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "doc": "gradients leave in buckets while backward goes on: auto where workers stand on several hosts"
         },
     )
 
@@ -102,31 +112,71 @@ class AllReduce(Pattern):
             return f"compress={self.compress} joins the gradients its own way"
         return facts.step_alone
 
+    def unoverlapped(self, facts: Facts, config: Config, carrier: str) -> str:
+        """Why the exchange comes after backward; empty: it begins during backward."""
+        if self.overlap == "off":
+            return "asked for"
+        if config.workers == 1:
+            return "there is one worker"
+        if carrier == "shm":
+            return "inside a host it gains nothing: those who compute have no cores to spare"
+        if carrier not in OVERLAPPING:
+            return f"link {carrier!r} cannot be used beside backward"
+        if self.compress != NONE:
+            return f"compress={self.compress} leaves little to hide"
+        if self.overlap == "on":
+            return ""
+        if not facts.between_hosts:
+            return "the workers stand on one host, where it gains nothing"
+        return "" if len(self.buckets(facts, config)) > 1 else "all gradients fit into one bucket"
+
     def alone(self) -> AllReduce:
-        """The same, with no shared step."""
-        return replace(self, shared_step="off")
+        """The same, with nothing that a whole world of its own allows: no shared step, no overlap."""
+        return replace(self, shared_step="off", overlap="off")
+
+    def bucket_bytes(self, config: Config) -> int:
+        return bucket_bytes(config.workers, GIGABIT)
+
+    def buckets(self, facts: Facts, config: Config) -> list[int]:
+        """Bytes of each, in the order in which they leave."""
+        sizes = [p.nbytes for p in facts.params if p.trainable and not p.sparse]
+        return [sum(sizes[k] for k in part) for part in cut_buckets(sizes, self.bucket_bytes(config))]
 
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
-        why = self.unshared(facts, config.workers, carrier)
-        if why and self.shared_step == "on":
+        alone, after = self.unshared(facts, config.workers, carrier), self.unoverlapped(facts, config, carrier)
+        if alone and self.shared_step == "on":
             raise Incompatible(
-                f"shared_step=on is not possible: {why}. Leave it out (auto), or use --link shm with such a task."
+                f"shared_step=on is not possible: {alone}. Leave it out (auto), or use --link shm with such a task."
             )
         if config.workers == 1:
             return {}
-        on = f"on ({'asked for; ' * (self.shared_step == 'on')}parameters live once for all workers, each of which steps its part)"
-        return {"shared_step": f"off ({why})" if why else on}
+        if after and self.overlap == "on":
+            raise Incompatible(f"overlap=on is not possible: {after}. Leave it out (auto).")
+        shared = f"on ({'asked for; ' * (self.shared_step == 'on')}parameters live once for all workers, each of which steps its part)"
+        overlapped = f"on ({'asked for; ' * (self.overlap == 'on')}{len(self.buckets(facts, config))} buckets, the last parameters' first)"
+        return {
+            "shared_step": f"off ({alone})" if alone else shared,
+            "overlap": f"off ({after})" if after else overlapped,
+        }
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         if not self.unshared(facts, config.workers, carrier):
             return [self.shared_link(facts, config.workers, bytes_for, carrier)]
-        plan = self.among(facts, config.workers, bytes_for, carrier, config.total_steps(facts.train_examples))
+        buckets = self.buckets(facts, config) if not self.unoverlapped(facts, config, carrier) else []
+        steps = config.total_steps(facts.train_examples)
+        plan = self.among(facts, config.workers, bytes_for, carrier, steps, buckets[:-1])
         return [plan] if plan else []
 
     def among(
-        self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str, steps: int = 0
+        self,
+        facts: Facts,
+        workers: int,
+        bytes_for: Callable[[int, int], int],
+        carrier: str,
+        steps: int = 0,
+        early: Sequence[int] = (),
     ) -> LinkPlan | None:
-        """Of a group of this size; None if there is nobody to talk to."""
+        """Of a group of this size; None if there is nobody to talk to. ``early``: bytes of buckets that leave by themselves."""
         if workers == 1:
             return None
         gradients = facts.gradient_bytes
@@ -135,7 +185,8 @@ class AllReduce(Pattern):
         what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
         integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
         if self.compress == NONE:
-            nbytes = bytes_for(sum(gradients.values()) + running - integers + tail, workers)
+            nbytes = sum(bytes_for(n, workers) for n in early)
+            nbytes += bytes_for(sum(gradients.values()) - sum(early) + running - integers + tail, workers)
         else:
             beside = running - integers + tail
             nbytes = CompressionPlan(self.compress, facts).bytes_sent(beside, workers, bytes_for, carrier, steps)
@@ -198,6 +249,8 @@ class AllReduce(Pattern):
             )
         if self.compress != NONE:
             result += CompressionPlan(self.compress, facts).notes(config.workers)
+        if self.overlap == "on" and config.workers == 1:
+            result.append("overlap=on: one worker sends nothing")
         if frozen := sum(not p.trainable for p in facts.params):
             result.append(f"{frozen} frozen parameter(s): not exchanged, not optimised")
         return result
@@ -210,8 +263,12 @@ class AllReduce(Pattern):
 
     def exchange(self, replica: Replica) -> Exchange:
         from weft.patterns.mean import JoinedMean
+        from weft.patterns.overlap import OverlappedMean
         from weft.patterns.shared_step import SharedMean
 
-        if not self.unshared(replica.ctx.facts, replica.link.world, replica.link.carrier):
-            return SharedMean(replica, replica.link)
+        facts, config, link = replica.ctx.facts, replica.ctx.config, replica.link
+        if not self.unshared(facts, link.world, link.carrier):
+            return SharedMean(replica, link)
+        if not self.unoverlapped(facts, config, link.carrier):
+            return OverlappedMean(replica, link, self.bucket_bytes(config))
         return JoinedMean(replica, replica.link, compress=self.compress)

@@ -80,6 +80,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
 
     optimizer: str = ""  # the class of the task's
+    between_hosts: bool = False  # the workers stand on several
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
     )
@@ -162,6 +163,7 @@ class StepReport:
     exchange_s: float = 0.0
     wait_s: float = 0.0
     skew_s: float = 0.0  # of wait_s: until the slowest rank had computed
+    hidden_s: float = 0.0  # of exchanges beside these, while backward went on
     bytes_sent: int = 0  # since the last report
     sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
     messages: int = 0

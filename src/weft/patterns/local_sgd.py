@@ -107,6 +107,11 @@ class LocalSGD(Pattern):
             raise Incompatible(
                 "within.shared_step=on: workers who train apart cannot have one memory for their parameters; leave it out."
             )
+        if isinstance(self.within, AllReduce) and self.within.overlap == "on":
+            raise Incompatible(
+                "within.overlap=on would send the gradients of an island during backward, and inside a host that gains nothing: "
+                "leave it out."
+            )
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0), ("island", self.island, 1)):
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")

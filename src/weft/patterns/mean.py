@@ -131,6 +131,8 @@ class JoinedMean(Exchange):
         source: list[Tensor] = []
         target: list[Tensor] = []
         for name, view in self.arena.views.items():
+            if not self._to_copy(name):
+                continue
             entry = update.entries.get(name)
             if entry is None:
                 view.zero_()
@@ -140,6 +142,10 @@ class JoinedMean(Exchange):
                 target.append(view)
         if target:
             torch._foreach_copy_(target, source)
+
+    def _to_copy(self, name: str) -> bool:
+        """Its gradient is not yet in the arena."""
+        return True
 
     def _check(self, losses: list[float], weights: list[float]) -> None:
         if math.isfinite(sum(losses)) and sum(weights) > 0:

@@ -134,6 +134,7 @@ class Replica:
         self.attached = Update()  # the newest own one: its entries are the parameters' gradients
         self.applied_s = 0.0  # what the last ``apply`` took
         self.spans = ctx.spans
+        self.before_last_backward: Callable[[], None] | None = None  # of a step: from then on its gradients are whole
         seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             state = ctx.resume.parts[FIRST_PART]
@@ -166,7 +167,8 @@ class Replica:
             p.grad = None
         data_s, loss_sum, weight = 0.0, 0.0, 0.0
         pieces = np.array_split(draw.indices, self.accumulate) if self.accumulate > 1 else [draw.indices]
-        for indices in pieces:
+        last = max((k for k, indices in enumerate(pieces) if len(indices)), default=0)
+        for k, indices in enumerate(pieces):
             if len(indices) == 0:
                 continue
             loading = time.perf_counter()
@@ -181,6 +183,8 @@ class Replica:
             if spans is not None:
                 spans.add("data", loading, loaded)
                 spans.add("forward", loaded, forwarded := time.perf_counter())
+            if k == last and self.before_last_backward is not None:
+                self.before_last_backward()
             loss.backward(gradient=None if share == 1.0 else torch.full_like(loss, share))
             loss_sum += loss.item() * n
             weight += n
@@ -335,6 +339,9 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
         """What a writer holds for itself."""
         return {}
 
+    def close(self) -> None:
+        """At the end, also after an error in the middle of a step: nothing of the exchange goes on."""
+
     def load(self, resume: Resume) -> None:
         """Take over from a checkpoint what is not the replica's."""
 
@@ -383,16 +390,17 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
     meter = Meter({WORLD: ctx.link, **ctx.groups})
-    while replica.step < ctx.total_steps:
-        meter.begin()
-        report = replica.report = StepReport()
-        replica.apply(exchange.gradients(replica.gradients()))
-        exchange.parameters(replica.step)
-        ended = replica.step == ctx.total_steps
-        if ended or exchange.stop:
-            exchange.flush()
-        meter.end(report)
-        yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
+    with contextlib.closing(exchange):
+        while replica.step < ctx.total_steps:
+            meter.begin()
+            report = replica.report = StepReport()
+            replica.apply(exchange.gradients(replica.gradients()))
+            exchange.parameters(replica.step)
+            ended = replica.step == ctx.total_steps
+            if ended or exchange.stop:
+                exchange.flush()
+            meter.end(report)
+            yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import msgspec
 from weft.errors import RunFolderError
 from weft.events import Event, read_events
 from weft.plan import Plan
-from weft.spans import Clock, Header, Span
+from weft.spans import BESIDE, Clock, Header, Span
 
 LARGE_BYTES = 4 << 20  # of spans, from which on the trace is gzipped
 #: Perfetto sorts and colours by these; an exchange's waiting lies inside it.
@@ -143,18 +143,23 @@ def _records(sources: list[tuple[Header, Path]], events: Iterable[Event]) -> Ite
         yield _name("thread_name", number, f"{role} {member}")
         yield {"ph": "M", "name": "process_sort_index", "pid": number, "tid": 0, "args": {"sort_index": number}}
 
+    with_second: set[int] = set()  # members with a second thread
     for header, path in sources:
         number, plus = numbers[header.role, header.member], shift[header.clock.boot] - zero
         for batch in read_spans(path):
             for name, begin, end, step in batch:
+                beside, shown = name.startswith(BESIDE), name.removeprefix(BESIDE)
+                if beside and number not in with_second:
+                    with_second.add(number)
+                    yield _name("thread_name", number, f"{header.role} {header.member}, beside backward") | {"tid": 2}
                 yield {
                     "ph": "X",
-                    "name": name,
-                    "cat": CATEGORIES.get(name, "exchange"),
+                    "name": shown,
+                    "cat": CATEGORIES.get(shown, "exchange"),
                     "ts": _us(begin + plus),
                     "dur": _us(max(0.0, end - begin)),
                     "pid": number,
-                    "tid": 1,
+                    "tid": 2 if beside else 1,
                     "args": {"step": step},
                 }
 
