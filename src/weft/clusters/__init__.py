@@ -32,6 +32,14 @@ def pick_cluster(cluster: Cluster | str) -> Cluster:
     raise UnknownName.of("cluster", cluster, CLUSTERS)
 
 
+def pick_carrier(cluster: str, link: str, world: int, device: str) -> tuple[str, str]:
+    """What joins the workers, and why. Raises Incompatible where ``link`` cannot work."""
+    place = pick_cluster(cluster)
+    carrier, why = (link, "asked for") if link != "auto" else place.default_carrier(world, device)
+    place.check(carrier)
+    return carrier, why
+
+
 def under_torchrun() -> bool:
     """ConfigError where somebody else started several processes: each would train alone, and none would know."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -17,7 +17,8 @@ from weft.clusters.base import MemberSpec, Message, Output, Session, StopAsked
 from weft.config import RESULT, RunFolder
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, diagnose
-from weft.driver.prepare import Job, Prepared, failure_of, find_checkpoint
+from weft.driver.calls import failure_of
+from weft.driver.prepare import Job, Prepared, find_checkpoint
 from weft.driver.results import RunResult, Totals
 from weft.errors import Interrupted, MemberFailed
 from weft.events import Event, EventLog, LossJoiner, read_events
@@ -84,6 +85,8 @@ class Driver:
         restarts_left, attempt = config.restarts, 0
         started = time.monotonic()
         self.tell("plan", text=f"{self.prepared.plan.task} x {self.prepared.plan.pattern}")
+        if self.prepared.news:
+            self.tell("measured", **self.prepared.news)
         self.interrupts.training = True
         try:
             if found:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from weft.codecs.spec import NONE, parse, usages
+from weft.codecs.spec import AUTO, NONE, parse, usages
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import (
     Context,
@@ -46,6 +46,7 @@ class AllReduce(Pattern):
         "how combined": "mean weighted by examples, summed in rank order",
     }
     balances: ClassVar[bool] = True
+    auto_compress: ClassVar[tuple[str, ...]] = ("bf16", "int8", "powersgd:4", "topk:0.01")
 
     accumulate: int = field(default=1, metadata={"doc": "micro-batches per step: less memory, same result"})
     clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of the averaged gradient"})
@@ -53,10 +54,12 @@ class AllReduce(Pattern):
         default="none", metadata={"doc": "compute in bfloat16 where torch holds it safe"}
     )
 
-    compress: str = field(default=NONE, metadata={"doc": "fewer bytes for the gradients: none, " + ", ".join(usages())})
+    compress: str = field(
+        default=NONE, metadata={"doc": "fewer bytes for the gradients: none, auto, " + ", ".join(usages())}
+    )
 
     def __post_init__(self) -> None:
-        if self.compress != NONE:
+        if self.compress not in (NONE, AUTO):
             parse(self.compress)
         if self.accumulate < 1:
             raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
