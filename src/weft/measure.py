@@ -17,7 +17,7 @@ from weft.comm import probe
 from weft.comm.link import WORLD, Link
 from weft.comm.wrappers import Fault, FaultyLink
 from weft.config import Config
-from weft.cost import SMALL_BYTES, LinkSpeed, all_reduce_bytes
+from weft.cost import LinkSpeed, all_reduce_bytes
 from weft.driver.probe import Order, pair_name
 from weft.patterns import registry
 from weft.patterns.base import Facts, ParamFact
@@ -25,6 +25,7 @@ from weft.patterns.compression import bytes_per_exchange
 from weft.patterns.preflight import choose_device, own_device
 from weft.payoff import LinkRow, Way
 
+SMALL_BYTES = 64 << 10  # all send to all at once
 MAX_NUMEL = 4 << 20  # values that a codec is timed on
 BUDGET_S = {False: 0.02, True: 0.3}  # for each codec
 

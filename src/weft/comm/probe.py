@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from weft.comm.link import Link
-from weft.cost import SMALL_BYTES, LinkSpeed
+from weft.cost import LinkSpeed
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class Effort(NamedTuple):
 
 QUICK = Effort(latency_s=0.005, transfer_s=0.05, max_bytes=4 << 20)  # before a run
 THOROUGH = Effort(latency_s=0.1, transfer_s=0.25, max_bytes=32 << 20)
-FIRST_BYTES = 4 * SMALL_BYTES  # what is small may go another way
+FIRST_BYTES = 256 << 10
 HEAP_BYTES = THOROUGH.max_bytes + (1 << 16)  # in the carrier
 MAX_SAMPLES = 15
 MIN_CALLS, MAX_CALLS = 10, 300

@@ -133,7 +133,7 @@ def resolve(
 
 def _settled(config: Config, measured: Measured, how: str = "") -> Resolved:
     config = msgspec.structs.replace(with_compress(config, measured.compress), measured=measured)
-    told = ", ".join(["auto", how] if how else ["auto"])
+    told = f"auto, {how}" if how else "auto"
     speed = LinkSpeed(measured.latency_s, measured.bytes_per_s) if measured.bytes_per_s else None
     pattern = registry.build(config.pattern, config.pattern_options)
     return Resolved(config, pattern, speed, f"{measured.compress} ({told}: {measured.why})")
