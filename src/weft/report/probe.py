@@ -35,7 +35,7 @@ def _links(probe: Probe) -> Table:
         a, b = row.members[0], row.members[-1]
         who = f"worker {a} - worker {b}" if row is not probe.links[-1] else f"all {len(row.members)} at once"
         rate = format_rate(row.bytes_per_s)
-        table.add_row(who, format_time(row.latency_s), f"{row.bytes_per_s / 1e6:,.4g}", rate)
+        table.add_row(who, format_time(row.latency_s), _megabytes(row.bytes_per_s), rate)
     return table
 
 
@@ -54,6 +54,10 @@ def _codecs(probe: Probe) -> Table:
             row[6] = "any rate" if math.isinf(below) else format_rate(below) if below else "never"
         table.add_row(*row, style=style)
     return table
+
+
+def _megabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.0f}" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g}"
 
 
 def _speed(nbytes: int, seconds: float) -> str:
