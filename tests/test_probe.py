@@ -68,7 +68,7 @@ def assert_whole(found: Probe, world: int) -> None:
 def test_threads_are_probed_with_and_without_a_task(task: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "THOROUGH", probe.QUICK)
     monkeypatch.setattr(measure, "BUDGET_S", {True: 0.0})
-    monkeypatch.setattr(measure, "MAX_NUMEL", 1 << 16)
+    monkeypatch.setattr(measure, "MAX_NUMEL", {True: 1 << 16})
     place, said = pick_cluster("inprocess"), list[str]()
     config = make_probe_config(task, place, {}, 3, **SETTINGS)
     with place.open(PRELOAD) as session:

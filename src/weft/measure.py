@@ -26,8 +26,8 @@ from weft.patterns.preflight import choose_device, own_device
 from weft.payoff import LinkRow, Way
 
 SMALL_BYTES = 64 << 10  # all send to all at once
-MAX_NUMEL = 4 << 20  # values that a codec is timed on
-BUDGET_S = {False: 0.02, True: 0.3}  # for each codec
+MAX_NUMEL = {False: 1 << 20, True: 4 << 20}  # values that a codec is timed on, quickly or thoroughly
+BUDGET_S = {False: 0.01, True: 0.3}  # for each codec
 
 
 def measure(seat: Seat) -> None:
@@ -99,7 +99,7 @@ def way(compress: str, order: Order, link: Link, device: torch.device) -> Way:
     large = large_of(facts)
     if compress == NONE or not large:
         return Way(compress=compress, bytes_sent=bytes_sent, rounds=rounds(order, [sum(facts.gradient_bytes.values())]))
-    segments = speed.sample_segments(large, MAX_NUMEL)
+    segments = speed.sample_segments(large, MAX_NUMEL[order.thorough])
     share = sum(math.prod(shape) for _, shape in large) / sum(shape.numel() for _, shape in segments)
 
     def agree(seconds: float) -> float:

@@ -7,7 +7,7 @@ import os
 from weft.clusters.base import Cluster
 from weft.errors import ConfigError, UnknownName
 
-PRELOAD = ("weft.member",)  # what members import, as every session is told
+PRELOAD = ("weft.member", "pydantic.main")  # what members import, as every session is told
 CLUSTERS = ("auto", "local", "torchrun", "inprocess")
 
 

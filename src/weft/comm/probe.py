@@ -31,7 +31,7 @@ QUICK = Effort(latency_s=0.005, transfer_s=0.05, max_bytes=4 << 20)  # before a 
 THOROUGH = Effort(latency_s=0.1, transfer_s=0.25, max_bytes=32 << 20)
 FIRST_BYTES = 256 << 10
 HEAP_BYTES = THOROUGH.max_bytes + (1 << 16)  # in the carrier
-MAX_SAMPLES = 15
+MAX_SAMPLES = 7
 MIN_CALLS, MAX_CALLS = 10, 300
 
 
