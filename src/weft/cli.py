@@ -75,7 +75,7 @@ Balance = Annotated[
 Compress = Annotated[
     str | None,
     typer.Option(
-        help="fewer bytes for what is exchanged: none, int8, topk:0.01, ... (`weft patterns`); short for -o compress="
+        help="fewer bytes for what is exchanged: none, int8, topk:0.01, ... (`weft patterns`), or auto: what pays here; short for -o compress="
     ),
 ]
 Link = Annotated[str, typer.Option(help="what carries exchanges: auto, shm, tcp, gloo, nccl")]
@@ -276,6 +276,38 @@ def resume(
 
 
 @app.command()
+def probe(
+    t: TaskSettings,
+    task: Annotated[
+        str | None, typer.Argument(help="whose gradients are to be exchanged [default: 25 MB of matrices]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-w", help="how many workers [default: 2, or as many as torchrun started]"),
+    ] = None,
+    link: Link = "auto",
+    device: Device = "auto",
+    threads: Threads = 1,
+    deadline_s: Deadline = 60.0,
+    insecure: Insecure = False,
+    cluster: Cluster = "auto",
+    json_: Json = False,
+) -> None:
+    """Measure every link between workers and every codec: what an exchange takes, and which --compress pays here."""
+    from weft.clusters import PRELOAD, follows, pick_cluster
+
+    place = pick_cluster(cluster)
+    with place.open(PRELOAD) as session, _terminal(json_, follows(place.name)) as terminal:
+        from weft import driver
+        from weft.driver.requests import make_probe_config
+        from weft.options import parse_assignments
+
+        settings = {"link": link, "device": device, "threads": threads, "deadline_s": deadline_s, "insecure": insecure}
+        config = make_probe_config(task, place, parse_assignments(t, "task"), workers, **settings)
+        terminal.show_probe(lambda say: driver.probe(config, session, terminal, say))
+
+
+@app.command()
 def diff(
     run_a: RunArgument,
     run_b: RunArgument,
@@ -458,6 +490,19 @@ class _Terminal:
             self.leave(None)
             self.console.print(closing_summary(result.as_json(), summary, self.plan))
         self.print_json(result.as_json())
+
+    def show_probe(self, measure: Callable[[Callable[[str], None]], Any]) -> None:
+        import msgspec
+
+        from weft.payoff import advice
+        from weft.report.probe import render_probe
+
+        with self.console.status("measuring") as status:  # nothing where nobody looks
+            found = measure(lambda what: status.update(f"measuring: {what}"))
+        if self.as_json:
+            self.print_json({**msgspec.to_builtins(found), "advice": advice(found)})
+        elif not self.quiet:
+            self.console.print(render_probe(found))
 
     def print_json(self, value: dict[str, Any]) -> None:
         """If it was asked for, and unless another process of the run does."""

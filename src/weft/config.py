@@ -24,6 +24,20 @@ class TaskRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pickled: bytes = b""
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run measured of its link before it began, and what followed: kept, so that a resume does not measure again.
+
+    ``compress``: what `--compress auto` became; "": it was not asked for.
+    """
+
+    world: int
+    carrier: str
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0  # 0: nothing had to be measured
+    compress: str = ""
+    why: str = ""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     task: TaskRef
     pattern: str
@@ -52,6 +66,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     insecure: bool = False
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
+    measured: Measured | None = None  # not asked for: found
 
     def steps_per_epoch(self, num_examples: int) -> int:
         """Joined batches in a pass over the training set; the last may be smaller."""

@@ -29,7 +29,7 @@ from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
-from weft.patterns.preflight import preflight
+from weft.patterns.preflight import own_device, preflight
 from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
 from weft.spans import Spans, local_clock
@@ -89,10 +89,7 @@ def work(seat: Seat) -> None:
     config, rank = job.config, seat.spec.member
     assert job.facts is not None
     torch.set_num_threads(config.threads)
-    device = torch.device(job.facts.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = own_device(job.facts.device, rank)
     task = load_task(config.task)
     pattern = registry.build(config.pattern, config.pattern_options)
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)

@@ -49,7 +49,7 @@ CHANGES: dict[str, Any] = {
     "faults": [kill(rank=1, step=3)],
 }
 #: Fields that are an argument by another name.
-NOT_SETTINGS = {"task", "pattern", "pattern_options"}
+NOT_SETTINGS = {"task", "pattern", "pattern_options", "measured"}
 
 PATTERN_CHANGES = {
     "allreduce": {

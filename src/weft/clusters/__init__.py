@@ -7,7 +7,7 @@ import os
 from weft.clusters.base import Cluster
 from weft.errors import ConfigError, UnknownName
 
-PRELOAD = ("weft.member",)  # what members import, as every session is told
+PRELOAD = ("weft.member", "pydantic.main")  # what members import, as every session is told
 CLUSTERS = ("auto", "local", "torchrun", "inprocess")
 
 
@@ -30,6 +30,14 @@ def pick_cluster(cluster: Cluster | str) -> Cluster:
 
         return InProcess()
     raise UnknownName.of("cluster", cluster, CLUSTERS)
+
+
+def pick_carrier(cluster: str, link: str, world: int, device: str) -> tuple[str, str]:
+    """What joins the workers, and why. Raises Incompatible where ``link`` cannot work."""
+    place = pick_cluster(cluster)
+    carrier, why = (link, "asked for") if link != "auto" else place.default_carrier(world, device)
+    place.check(carrier)
+    return carrier, why
 
 
 def under_torchrun() -> bool:

@@ -245,6 +245,13 @@ class Call:
                     return event
 
 
+def hosts_of(members: Sequence[int], hosts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The ranks of a group by host: rank r is ``members[r]``."""
+    rank_of = {member: rank for rank, member in enumerate(members)}
+    by_host = [tuple(rank_of[m] for m in host if m in rank_of) for host in hosts]
+    return tuple(ranks for ranks in by_host if ranks)
+
+
 def resolve(entry: str) -> Callable[..., Any]:
     module, _, name = entry.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)

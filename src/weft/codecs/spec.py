@@ -10,6 +10,7 @@ from typing import Any
 from weft.errors import ConfigError, UnknownName
 
 NONE = "none"
+AUTO = "auto"  # what pays on the link of the run: resolved before anything else reads it
 
 
 @dataclass(frozen=True)

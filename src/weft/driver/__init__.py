@@ -18,12 +18,14 @@ from weft.clusters import pick_cluster, under_torchrun
 from weft.clusters.base import Cluster, Session
 from weft.config import DATA, PLAN, Config, RunFolder
 from weft.driver.prepare import find_checkpoint, prepare
+from weft.driver.probe import survey
 from weft.driver.requests import make_config, open_cluster, refer
 from weft.driver.results import RunResult
 from weft.driver.supervise import Driver, Interrupts
 from weft.errors import RunFolderError, to_wire
 from weft.fingerprint import fingerprint
 from weft.patterns.base import Pattern
+from weft.payoff import Probe
 from weft.plan import Plan
 from weft.report.observers import Observer, Silent, exported
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from weft.task import Task
 
 
-__all__ = ["Interrupts", "RunResult", "explain", "make_config", "resume", "run", "start"]
+__all__ = ["Interrupts", "RunResult", "explain", "make_config", "probe", "resume", "run", "start"]
 
 T = TypeVar("T")
 RUNS = Path("runs")
@@ -247,6 +249,12 @@ def explain(config: Config, session: Session, observer: Observer) -> Plan:
     """The plan, and nothing else."""
     request = fingerprint("explain", config)
     return together(config, session, request, lambda _: prepare(config, session, observer, None).plan, Plan)
+
+
+def probe(config: Config, session: Session, observer: Observer, say: Callable[[str], None]) -> Probe:
+    """Every link and codec measured, and what pays. ``say``: hears what is being measured."""
+    request = fingerprint("probe", config)
+    return together(config, session, request, lambda _: survey(config, session, observer, say), Probe)
 
 
 def together(

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from weft import compat, cost, errors
-from weft.clusters import pick_cluster
-from weft.clusters.base import Call, Exited, LinkSpec, Session
+from weft.clusters import pick_carrier
+from weft.clusters.base import LinkSpec, Session, hosts_of
 from weft.comm.link import WORLD
 from weft.config import Config, RunFolder
-from weft.errors import MemberFailed, TaskError
+from weft.driver.calls import call
+from weft.driver.probe import resolve
 from weft.events import Event
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern
 from weft.plan import MemberPlan, Plan
 from weft.report.observers import Observer, Observers
-from weft.resilience.policy import Failure
-
-if TYPE_CHECKING:
-    pass
-
 
 HEAP_SLACK = 1 << 20
 BALANCE_AUTO = "equal shares at first, then by each worker's measured speed; who takes more examples needs more memory for activations"
@@ -52,6 +48,7 @@ class Prepared:
     links: list[LinkSpec]  # the first joins all workers
     total_steps: int
     save_every: int
+    news: dict[str, Any] | None = None  # what was measured before
 
 
 def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
@@ -63,49 +60,40 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     facts = msgspec.structs.replace(facts, between_hosts=len(session.hosts) > 1)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    cluster = pick_cluster(config.cluster)
-    chosen, why = config.link, "asked for"
-    if config.link == "auto":
-        chosen, why = cluster.default_carrier(config.workers, facts.device)
-    cluster.check(chosen)
+    chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)
     compat.check_collective(config.collective, chosen)
-    links = [
-        LinkSpec(
-            chosen,
-            len(group.members),
-            config.deadline_s,
-            nbytes=group.nbytes + HEAP_SLACK,
-            port=config.port if group.name == WORLD else 0,
-            device=facts.device,
-            group=group.name,
-            members=group.members,
-            collective=config.collective,
-            hosts=hosts_of(group.members, session.hosts) if chosen == cost.HIERARCHICAL else (),
-        )
-        for group in pattern.groups(facts, config.workers)
-    ]
+
+    def links_of(pattern: Pattern) -> list[LinkSpec]:
+        return [
+            LinkSpec(
+                chosen,
+                len(group.members),
+                config.deadline_s,
+                nbytes=group.nbytes + HEAP_SLACK,
+                port=config.port if group.name == WORLD else 0,
+                device=facts.device,
+                group=group.name,
+                members=group.members,
+                collective=config.collective,
+                hosts=hosts_of(group.members, session.hosts) if chosen == cost.HIERARCHICAL else (),
+            )
+            for group in pattern.groups(facts, config.workers)
+        ]
+
+    resolved = resolve(config, facts, pattern, links_of(pattern)[0], session, observer)
+    config, pattern = resolved.config, resolved.pattern
+    links = links_of(pattern)
+    links[0] = dataclasses.replace(links[0], speed=resolved.speed)
+    pattern.check(facts, config)
     total = config.total_steps(facts.train_examples)
     save_every = save_interval(config, total, pattern.period(facts, config))
     plan = make_plan(config, facts, pattern, links, total, save_every, why, session.notes)
+    if resolved.choice:
+        plan.choices["compress"] = resolved.choice
     if isinstance(observer, Observers):
         plan.choices.update(observer.choices)
     observer.on_plan(plan)
-    return Prepared(config, pattern, facts, plan, links, total, save_every)
-
-
-def call(session: Session, observer: Observer, entry: str, payload: dict[str, Any]) -> dict[str, Any]:
-    """Run an entry in a throw-away member; its error is raised here."""
-    ask = Call(session, lambda output: observer.on_output(output.member, output.text))
-    ended = ask(entry, payload)
-    if ended.error is not None:
-        error = errors.from_wire(ended.error)
-        if not hasattr(errors, ended.error["kind"]):
-            raise TaskError(f"the task failed in its first step:\n{ended.error['traceback'].rstrip()}")
-        raise error
-    if ended.failed:
-        failure = failure_of(ended, "preflight")
-        raise MemberFailed(f"the preflight process was lost: {failure.cause}", cause=failure.cause)
-    return ask.reply
+    return Prepared(config, pattern, facts, plan, links, total, save_every, resolved.news)
 
 
 def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> dict[str, Any]:
@@ -184,13 +172,6 @@ def make_plan(
     )
 
 
-def hosts_of(members: Sequence[int], hosts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """The ranks of a group by host: rank r is ``members[r]``."""
-    rank_of = {member: rank for rank, member in enumerate(members)}
-    by_host = [tuple(rank_of[m] for m in host if m in rank_of) for host in hosts]
-    return tuple(ranks for ranks in by_host if ranks)
-
-
 def bytes_by(specs: Sequence[LinkSpec]) -> Callable[[int, int], int]:
     """(bytes, world) -> what a member sends to all-reduce them in its group of that size."""
     by_world = {spec.world: spec for spec in reversed(specs)}
@@ -226,19 +207,3 @@ def save_interval(config: Config, total_steps: int, period: int) -> int:
 def checkpoint_policy(config: Config, every: int, total_steps: int) -> str:
     when = f"every {every} steps and at the end" if 0 < every < total_steps else "at the end"
     return f"{when}, the last {config.keep} are kept"
-
-
-def failure_of(event: Exited, role: str) -> Failure:
-    error = event.error or {}
-    name = signal.Signals(event.signal).name if event.signal else ""
-    return Failure(
-        event.member,
-        role,
-        event.code,
-        event.signal,
-        name,
-        error.get("kind", ""),
-        error.get("message", ""),
-        error.get("traceback", ""),
-        tuple(error.get("ranks", ())),
-    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weft import compat, tasks
 from weft.clusters import PRELOAD, pick_cluster
 from weft.clusters.base import Cluster, Session
+from weft.codecs.spec import AUTO
 from weft.config import Config, TaskRef
 from weft.data.partition import parse as parse_partitioner
 from weft.errors import ConfigError, TaskError, UnknownName
@@ -48,6 +49,29 @@ def make_config(
         pattern_options=options,
         cluster=place.name,
         workers=place.world(workers),
+        **settings,
+    )
+    compat.check(config)
+    return config
+
+
+def make_probe_config(
+    task: str | None, cluster: Cluster, task_options: Mapping[str, Any], workers: int | None, **settings: Any
+) -> Config:
+    """Of `weft probe`: what the task's gradients would meet under allreduce, or, without a task, 25 MB. Two workers, if nobody
+    says how many."""
+    if workers is None and cluster.name != "torchrun":
+        workers = 2
+    if task is None and task_options:
+        raise ConfigError(
+            f"task options {sorted(task_options)} are given, and no task: write weft probe TASK -t key=value."
+        )
+    config = Config(
+        task=refer(task, task_options) if task else TaskRef(name="25 MB"),
+        pattern="allreduce",
+        pattern_options={"compress": AUTO},
+        cluster=cluster.name,
+        workers=cluster.world(workers),
         **settings,
     )
     compat.check(config)

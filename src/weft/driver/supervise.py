@@ -17,8 +17,9 @@ from weft.clusters.base import Asked, Exited, MemberSpec, Message, Output, Sessi
 from weft.config import HANG, RESULT, RunFolder
 from weft.data.partition import parse as parse_partitioner
 from weft.diagnose import Setting, diagnose
+from weft.driver.calls import failure_of
 from weft.driver.hang import Hang
-from weft.driver.prepare import Job, Prepared, failure_of, find_checkpoint, how_messages_travel
+from weft.driver.prepare import Job, Prepared, find_checkpoint, how_messages_travel
 from weft.driver.results import RunResult, Totals
 from weft.errors import Interrupted, MemberFailed
 from weft.events import Event, EventLog, LossJoiner, read_events
@@ -89,6 +90,8 @@ class Driver:
         self.tell("plan", text=f"{self.prepared.plan.task} x {self.prepared.plan.pattern}")
         if chosen := how_messages_travel(self.prepared.links):
             self.tell("collective", **chosen)
+        if self.prepared.news:
+            self.tell("measured", **self.prepared.news)
         self.interrupts.training = True
         try:
             if found:

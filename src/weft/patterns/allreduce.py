@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from weft.codecs.spec import NONE, parse, usages
-from weft.cost import GIGABIT, bucket_bytes, cut_buckets
+from weft.codecs.spec import AUTO, NONE, parse, usages
+from weft.cost import GIGABIT, LinkSpeed, bucket_bytes, cut_buckets
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Context, Facts, Group, Pattern, Role, tail_numel
 from weft.patterns.compression_plan import CompressionPlan
@@ -44,6 +44,7 @@ class AllReduce(Pattern):
         "how combined": "mean weighted by examples, summed in rank order",
     }
     balances: ClassVar[bool] = True
+    auto_compress: ClassVar[tuple[str, ...]] = ("bf16", "int8", "powersgd:4", "topk:0.01")
 
     accumulate: int = field(default=1, metadata={"doc": "micro-batches per step: less memory, same result"})
     clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of the averaged gradient"})
@@ -51,7 +52,9 @@ class AllReduce(Pattern):
         default="none", metadata={"doc": "compute in bfloat16 where torch holds it safe"}
     )
 
-    compress: str = field(default=NONE, metadata={"doc": "fewer bytes for the gradients: none, " + ", ".join(usages())})
+    compress: str = field(
+        default=NONE, metadata={"doc": "fewer bytes for the gradients: none, auto, " + ", ".join(usages())}
+    )
 
     shared_step: Literal["auto", "on", "off"] = field(
         default="auto",
@@ -67,7 +70,7 @@ class AllReduce(Pattern):
     )
 
     def __post_init__(self) -> None:
-        if self.compress != NONE:
+        if self.compress not in (NONE, AUTO):
             parse(self.compress)
         if self.accumulate < 1:
             raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
@@ -135,7 +138,10 @@ class AllReduce(Pattern):
         return replace(self, shared_step="off", overlap="off")
 
     def bucket_bytes(self, config: Config) -> int:
-        return bucket_bytes(config.workers, GIGABIT)
+        found = config.measured  # kept with the run: buckets stay what they were
+        known = found is not None and found.bytes_per_s > 0
+        speed = LinkSpeed(found.latency_s, found.bytes_per_s) if found is not None and known else GIGABIT
+        return bucket_bytes(config.workers, speed)
 
     def buckets(self, facts: Facts, config: Config) -> list[int]:
         """Bytes of each, in the order in which they leave."""

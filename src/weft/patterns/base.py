@@ -81,6 +81,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     optimizer: str = ""  # the class of the task's
     between_hosts: bool = False  # the workers stand on several
+    step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
     )
@@ -197,6 +198,8 @@ class Pattern(ABC):
     summary: ClassVar[str]
     answers: ClassVar[dict[str, str]]
     nests: ClassVar[tuple[str, ...]] = ()  # options that are patterns themselves
+    #: What `compress=auto` may become, the gentlest first: codecs whose learning is known to stay near that of whole gradients.
+    auto_compress: ClassVar[tuple[str, ...]] = ()
     #: Its exchange tells all ranks each one's seconds, so that shares may follow them (--balance auto).
     balances: ClassVar[bool] = False
 
@@ -229,6 +232,10 @@ class Pattern(ABC):
         """Who is joined by a link of their own; the first is all workers."""
         running = sum(b.nbytes for b in facts.buffers if b.running)
         return [Group(WORLD, tuple(range(workers)), sum(facts.gradient_bytes.values()) + running)]
+
+    def exchanges_per_step(self, facts: Facts, config: Config) -> float:
+        """How often all workers exchange what they train."""
+        return 1.0
 
     def writer_for(self, rank: int) -> int:
         """Whose part of a checkpoint holds what this rank keeps for itself."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
-from weft.codecs.spec import NONE, parse, usages
+from weft.codecs.spec import AUTO, NONE, parse, usages
 from weft.comm.link import WORLD
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
@@ -78,6 +78,7 @@ class LocalSGD(Pattern):
         "how combined": "mean weighted by examples, then a step of the outer optimizer",
     }
     nests: ClassVar[tuple[str, ...]] = ("within",)
+    auto_compress: ClassVar[tuple[str, ...]] = ("bf16", "int8")
 
     every: int | Literal["epoch"] = field(default=20, metadata={"doc": "steps between exchanges"})
     outer: Outer = field(default=Outer(), metadata={"doc": "what is done with the mean; or outer.lr= and so on"})
@@ -89,12 +90,13 @@ class LocalSGD(Pattern):
     )
     island: int = field(default=1, metadata={"doc": "workers next to each other that train as one"})
     compress: str = field(
-        default=NONE, metadata={"doc": "fewer bytes for a meeting: none, " + ", ".join(usages(of_gradients=False))}
+        default=NONE,
+        metadata={"doc": "fewer bytes for a meeting: none, auto, " + ", ".join(usages(of_gradients=False))},
     )
     within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
 
     def __post_init__(self) -> None:
-        if self.compress != NONE and (spec := parse(self.compress)).choice.needs_momentum:
+        if self.compress not in (NONE, AUTO) and (spec := parse(self.compress)).choice.needs_momentum:
             raise Incompatible(
                 f"{spec.name} corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
             )
@@ -164,6 +166,9 @@ class LocalSGD(Pattern):
                 for first in range(0, workers, self.island)
             ]
         return result
+
+    def exchanges_per_step(self, facts: Facts, config: Config) -> float:
+        return self.meetings(facts, config) / config.total_steps(facts.train_examples)
 
     def writer_for(self, rank: int) -> int:
         return rank if self.compress != NONE else rank - rank % self.island

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping
 from itertools import islice
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from weft.codecs.spec import AUTO
 from weft.config import Config
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
@@ -93,6 +95,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
             f"{name}.optimizer returned {type(optimizer).__name__}, whose step needs a closure to evaluate the loss again: use "
             "an optimizer that takes one gradient per step, such as SGD or AdamW."
         ) from error
+    step_s = step_seconds(task, model, batch, optimizer) if getattr(pattern, "compress", None) == AUTO else 0.0
     with torch.no_grad():
         model.eval()
         sums = evaluate_batch(task, model, Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2))))
@@ -120,6 +123,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         about_data=data.notes,
         owned=data.owned,
         rate_drops_at=drop,
+        step_s=step_s,
         optimizer=type(optimizer).__name__,
         momentum=plain_momentum(optimizer) if not sparse else None,
         step_alone=f"{name}.loss writes to parameter {writes[0]}"
@@ -145,6 +149,26 @@ def plain_momentum(optimizer: torch.optim.Optimizer) -> tuple[float, bool] | Non
     if more or len(factors) > 1 or not 0 < (factor := float(factors.pop())) < 1:
         return None
     return factor, type(optimizer) is not torch.optim.SGD
+
+
+def step_seconds(task: Task, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> float:
+    """Of the second step: the first has made what is made once."""
+    optimizer.zero_grad()
+    begin = time.perf_counter()
+    task.loss(model, batch).backward()
+    optimizer.step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def own_device(kind: str, rank: int) -> torch.device:
+    """Of a worker of this rank, made its default."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_device(asked: str) -> torch.device:

@@ -1,0 +1,226 @@
+"""Before a run whose settings ask for it, and for `weft probe`: measure the link and the codecs, and choose.
+
+What was measured and chosen becomes part of the run's config (``Measured``): a resume in the same world goes by it and never
+measures again, or the order of sums and the codec could change under it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from weft.clusters import pick_carrier
+from weft.clusters.base import LinkSpec, Session, hosts_of
+from weft.codecs.spec import AUTO, NONE, is_compressed, parse
+from weft.comm.probe import HEAP_BYTES
+from weft.config import Config, Measured
+from weft.cost import HIERARCHICAL, LinkSpeed
+from weft.driver.calls import call, call_all
+from weft.errors import ConfigError
+from weft.patterns import registry
+from weft.patterns.base import Facts, Pattern
+from weft.payoff import Choice, LinkRow, Probe, Way, choose
+from weft.report.observers import Observer
+
+ALL_PAIRS = 8  # in a larger world, and where all pairs are alike, the neighbours in the ring are measured
+SAME_MEMORY = ("shm", "inproc")
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every measuring member is told. ``codecs``: to be timed; ``pairs``: those with a link of their own; ``hosts``: how
+    many workers each has, of a hierarchical link."""
+
+    config: Config
+    facts: Facts
+    carrier: str
+    codecs: list[str]
+    pairs: list[tuple[int, int]] = []
+    hosts: list[int] = []
+    thorough: bool = False
+
+
+@dataclass
+class Found:
+    """What measuring members have said."""
+
+    links: list[LinkRow]  # the last: of all workers at once
+    ways: list[Way]
+
+    @property
+    def slowest(self) -> LinkSpeed:
+        """Of the ways between two workers, if any was measured by itself; else what all had at once."""
+        rows = self.links[:-1] or self.links
+        return LinkSpeed(max(row.latency_s for row in rows), min(row.bytes_per_s for row in rows))
+
+
+def pair_name(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}-{pair[1]}"
+
+
+def pairs_of(world: int, carrier: str) -> list[tuple[int, int]]:
+    if world <= 3 or (world <= ALL_PAIRS and carrier not in SAME_MEMORY):
+        return list(itertools.combinations(range(world), 2))
+    return sorted([(k, k + 1) for k in range(world - 1)] + [(0, world - 1)])
+
+
+def measure(order: Order, link: LinkSpec, session: Session, observer: Observer, say: Callable[[str], None]) -> Found:
+    """In throw-away members, joined as ``link`` says, and each pair by such a link of its own."""
+    found = Found([], [])
+
+    def hear(said: dict[str, Any]) -> None:
+        if "doing" in said:
+            say(said["doing"])
+        if "link" in said:
+            found.links.append(msgspec.convert(said["link"], LinkRow))
+        if "ways" in said:
+            found.ways += msgspec.convert(said["ways"], list[Way])
+
+    whole = dataclasses.replace(link, nbytes=HEAP_BYTES, port=0)
+    pairs = [
+        dataclasses.replace(whole, world=2, group=pair_name(pair), members=pair, hosts=hosts_of(pair, link.hosts))
+        for pair in order.pairs
+    ]
+    call_all(session, observer, "weft.measure:measure", msgspec.to_builtins(order), [whole, *pairs], hear)
+    return found
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """``news``: what was measured now, for the run's events; ``choice``: a line for the plan, if there is one to tell."""
+
+    config: Config
+    pattern: Pattern
+    speed: LinkSpeed | None
+    choice: str = ""
+    news: dict[str, Any] | None = None
+
+
+def resolve(
+    config: Config, facts: Facts, pattern: Pattern, link: LinkSpec, session: Session, observer: Observer
+) -> Resolved:
+    """Whatever is `auto` and needs a measurement, by the one that the run began with, or, in another world, by a new one.
+
+    A codec once chosen stays: what its error feedback holds back, and a momentum taken before it, are its own.
+    """
+    asked, known = config.pattern_options.get("compress") == AUTO, config.measured
+    between = len(link.hosts) > 1 and config.collective == AUTO  # whose choice depends on the way between hosts
+    if not asked and not between and known is None:
+        return Resolved(config, pattern, None)
+    if known is not None and (known.world, known.carrier) == (link.world, link.carrier):
+        return _settled(config, known, "as recorded")
+    kept = known.compress if known is not None and known.compress != NONE else ""
+    why_kept = "chosen when the run began, and kept with what it holds back" if kept else ""
+    if link.world == 1 or link.carrier in SAME_MEMORY:
+        alone = "one worker has nobody to talk to" if link.world == 1 else "inside this host nothing pays"
+        measured = Measured(world=link.world, carrier=link.carrier, compress=kept or NONE, why=why_kept or alone)
+        return _settled(config, measured)
+    candidates, left_out = candidates_of(pattern, facts)
+    leaders = [ranks[0] for ranks in link.hosts] if link.carrier == HIERARCHICAL else []
+    order = Order(
+        config=with_compress(config, kept or NONE) if asked or kept else config,
+        facts=facts,
+        carrier=link.carrier,
+        codecs=candidates if asked and not kept else [],
+        pairs=list(itertools.pairwise(leaders)),
+        hosts=[len(ranks) for ranks in link.hosts],
+    )
+    found = measure(order, link, session, observer, lambda _: None)
+    speed = found.slowest
+    between_s = facts.step_s / pattern.exchanges_per_step(facts, config)
+    if kept:
+        choice = Choice(kept, why_kept)
+    elif not asked:
+        choice = Choice("", "")
+    else:
+        choice = choose(found.ways[0], found.ways[1:], speed, sum(facts.gradient_bytes.values()), between_s)
+    why = "; ".join([choice.why, *left_out])
+    measured = Measured(
+        world=link.world,
+        carrier=link.carrier,
+        latency_s=speed.latency_s,
+        bytes_per_s=speed.bytes_per_s,
+        compress=choice.compress,
+        why=why,
+    )
+    anew = f"measured anew for {link.world} workers over {link.carrier}" if known is not None else ""
+    news = {**msgspec.to_builtins(measured), "ways": msgspec.to_builtins(found.ways)}
+    return dataclasses.replace(_settled(config, measured, anew), news=news)
+
+
+def _settled(config: Config, measured: Measured, how: str = "") -> Resolved:
+    chosen = with_compress(config, measured.compress) if measured.compress else config
+    config = msgspec.structs.replace(chosen, measured=measured)
+    told = f"auto, {how}" if how else "auto"
+    speed = LinkSpeed(measured.latency_s, measured.bytes_per_s) if measured.bytes_per_s else None
+    pattern = registry.build(config.pattern, config.pattern_options)
+    return Resolved(
+        config, pattern, speed, f"{measured.compress} ({told}: {measured.why})" if measured.compress else ""
+    )
+
+
+def with_compress(config: Config, compress: str) -> Config:
+    return msgspec.structs.replace(config, pattern_options={**config.pattern_options, "compress": compress})
+
+
+def candidates_of(pattern: Pattern, facts: Facts) -> tuple[list[str], list[str]]:
+    """What `auto` may become for this task, and, in words, what it may not."""
+    lost = [c for c in pattern.auto_compress if parse(c).takes_momentum and facts.momentum is None]
+    words = [f"{', '.join(lost)} left out: {facts.optimizer} as the task sets it has no momentum to take before it"]
+    return [c for c in pattern.auto_compress if c not in lost], words if lost else []
+
+
+#: What `weft probe` times, the gentlest first.
+TABLE = ("bf16", "fp16", "int8", "qsgd", "sign", "powersgd:4", "topk:0.01", "randomk:0.01", "blocks:0.01")
+
+
+def survey(config: Config, session: Session, observer: Observer, say: Callable[[str], None]) -> Probe:
+    """Every link and every codec, for the gradients of the config's task, or for 25 MB where it has none."""
+    if config.workers == 1:
+        raise ConfigError("one worker has no link to measure: give --workers 2 or more, or start more processes.")
+    alone = not (config.task.target or config.task.pickled)
+    say("the task" if not alone else "the device")
+    entry = "weft.measure:look" if alone else "weft.member:learn_facts"
+    payload = {"config": msgspec.to_builtins(config)} | ({} if alone else {"run_dir": ""})
+    reply = call(session, observer, entry, payload)
+    config = msgspec.convert(reply["config"], Config, strict=False)
+    if alone:
+        config = msgspec.structs.replace(config, steps=1, batch=config.workers)
+    facts = msgspec.convert(reply["facts"], Facts, strict=False)
+    carrier, _ = pick_carrier(config.cluster, config.link, config.workers, facts.device)
+    hosts = hosts_of(range(config.workers), session.hosts) if carrier == HIERARCHICAL else ()
+    link = LinkSpec(carrier, config.workers, config.deadline_s, device=facts.device, hosts=hosts)
+    pattern = registry.build(config.pattern, config.pattern_options)
+    candidates, _ = candidates_of(pattern, facts)
+    order = Order(
+        config=config,
+        facts=facts,
+        carrier=carrier,
+        codecs=list(TABLE),
+        pairs=pairs_of(config.workers, carrier),
+        hosts=[len(ranks) for ranks in hosts],
+        thorough=True,
+    )
+    found = measure(order, link, session, observer, say)
+    nbytes = sum(facts.gradient_bytes.values())
+    whole, *ways = found.ways
+    allowed = [way for way in ways if way.compress in candidates]
+    if carrier in SAME_MEMORY:
+        choice = Choice(NONE, "inside this host nothing pays")
+    else:
+        choice = choose(whole, allowed, found.links[-1].speed, nbytes, facts.step_s)
+    return Probe(
+        world=config.workers,
+        carrier=carrier,
+        links=found.links,
+        what="25 MB of matrices" if alone else f"the gradients of {config.task.name}",
+        nbytes=nbytes,
+        compressible=sum(p.nbytes for p in facts.params if p.trainable and not p.sparse and is_compressed(p.shape)),
+        step_s=facts.step_s,
+        ways=found.ways,
+        choice=choice,
+    )
