@@ -17,9 +17,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/weft run digits --workers 2
 
-# All tests but those marked slow (for these: .venv/bin/pytest -m slow).
+# All tests but those marked slow (for these: .venv/bin/pytest -n 2 -m slow).
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # What to run before every commit: style, types, who imports whom, and the tests that start no processes.
 check: $(READY)
@@ -27,7 +27,7 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q -m "not slow and not multiprocess"
+	$(BIN)/pytest -q -n 2 -m "not slow and not multiprocess"
 
 bench: $(READY)
 	$(BIN)/python bench/allreduce.py --save

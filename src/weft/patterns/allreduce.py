@@ -37,7 +37,7 @@ class AllReduce(Pattern):
         "synchronous data parallelism: same result as one process on the joined batch; fast links, equal workers"
     )
     answers: ClassVar[dict[str, str]] = {
-        "where do parameters live": "on every worker",
+        "where do parameters live": "on every worker; where those of a host share the step, once in its memory",
         "who talks to whom": "a ring of all workers (any collective)",
         "when": "each step, after backward; between hosts already during it",
         "what travels": "gradients",
