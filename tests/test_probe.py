@@ -141,7 +141,7 @@ needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"
 @pytest.mark.multiprocess
 def test_two_hosts_at_100_mbit_are_found_to_be_so() -> None:
     with hosts(2, rate="100mbit") as pair:
-        here, there = on_two_hosts(pair, ["probe", "--json", "--insecure"])
+        here, there = on_two_hosts(pair, ["-m", "weft", "probe", "--json", "--insecure"])
         (code, out, err), (other_code, other_out, other_err) = finished(here), finished(there)
         assert (code, other_code) == (0, 0), err + other_err
     told = json.loads((out.strip() or other_out.strip()).splitlines()[-1])
@@ -254,7 +254,7 @@ def test_auto_stands_only_where_all_workers_meet() -> None:
 def test_between_hosts_auto_compresses_and_says_why(tmp_path: Path) -> None:
     command = ["run", "codelm", "-t", "size=tiny", "--steps", "6", "--compress", "auto", "--insecure"]
     with hosts(2, rate="100mbit") as pair:
-        here, there = on_two_hosts(pair, [*command, "--run-dir", str(tmp_path / "run")])
+        here, there = on_two_hosts(pair, ["-m", "weft", *command, "--run-dir", str(tmp_path / "run")])
         (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
         assert (code, other_code) == (0, 0), err + other_err
     config = RunFolder(tmp_path / "run").config()

@@ -39,7 +39,7 @@ def test_explain_prints_the_plan_and_stops(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     out = weft("explain", "digits", "--workers", "2")
     for words in (
-        "2 workers with one memory",
+        "one memory",
         "gradients",
         "optimizer",
         "who talks to whom",

@@ -124,7 +124,7 @@ class SoloLink(Link):
         pass
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor]
+        return [tensor.detach().clone()]
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         pass

@@ -107,7 +107,8 @@ def resolve(
 
     A codec once chosen stays: what its error feedback holds back, and a momentum taken before it, are its own.
     """
-    asked, known = config.pattern_options.get("compress") == AUTO, config.measured
+    known = config.measured
+    asked = config.pattern_options.get("compress") == AUTO or (known is not None and known.compress != "")
     between = len(link.hosts) > 1 and config.collective == AUTO  # whose choice depends on the way between hosts
     if not asked and not between and known is None:
         return Resolved(config, pattern, None)

@@ -485,10 +485,10 @@ def a_peer_that_leaves_is_named(make: Make, world: int) -> None:
         return
 
     def fn(link: Link) -> tuple[int, ...]:
-        link.barrier()
-        if link.rank == 0:
-            return ()
         try:
+            link.barrier()  # who is still in it when others have gone on may hear of it there
+            if link.rank == 0:
+                return ()
             link.all_reduce([torch.ones(10)])
         except PeerLost as error:
             return error.ranks
