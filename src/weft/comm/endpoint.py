@@ -144,6 +144,7 @@ class Endpoint(ABC):
         self._posted: dict[int, deque[Receiving]] = {}
         self._lost: dict[int, Lost] = {}
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
+        self._sent: dict[int, float] = {}  # when the newest frame left for each
         self._asked: dict[int, float] = {}  # by recv_any: when those that have not answered yet were asked
         self._silent: set[int] = set()  # those told of
         self._look_again = 0.0
@@ -191,6 +192,7 @@ class Endpoint(ABC):
             self._wait_until(lambda: self._num_queued(peer) < MAX_QUEUED, peer)
         views = [v for v in (memoryview(p).cast("B") for p in payload) if len(v)]
         head = Head(Kind.DATA, self.member, self.incarnation, seq, meta, sum(len(v) for v in views))
+        self._sent[peer] = time.monotonic()
         return self._send(peer, head, views)
 
     def irecv(self, peer: int, place: Place, filled: Callable[[int], None] | None = None) -> Receiving:
@@ -305,10 +307,10 @@ class Endpoint(ABC):
         self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: object
     ) -> DeadlineExceeded:
         silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
-        heard_nothing_of = {
-            p for p in silent if not self._is_ahead(p)
-        } or silent  # behind what it sent, its answer may wait
-        ranks = tuple(sorted(heard_nothing_of or needed))
+        # The way there and back must be free: question or answer may wait behind a frame that is not taken.
+        not_ahead = {p for p in silent if not self._is_ahead(p)}
+        could_have_answered = {p for p in not_ahead if self._sent.get(p, 0.0) <= self._heard.get(p, 0.0)}
+        ranks = tuple(sorted(could_have_answered or not_ahead or silent or needed))
         what = "there, but too slow to end" if watch and not silent else "not there"
         return DeadlineExceeded(f"{doing}: {name_ranks(ranks)} {what} before the deadline", ranks)
 
