@@ -22,6 +22,8 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 os.environ[MARK] = str(os.getpid())
 
+pytest.register_assert_rewrite("weft.testing.conformance")  # a law that fails shows what it saw
+
 # A process that has computed with threads hangs the children it forks, and many tests fork.
 torch.set_num_threads(1)
 

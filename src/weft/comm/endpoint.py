@@ -4,12 +4,13 @@ Nothing is queued behind the caller's back: a payload waits with its sender unti
 (``irecv``, or ``recv_any``), and sends and receives progress together inside any call that waits. Use an endpoint from
 one thread.
 
-Who is there. A peer that dies is seen at once as ``Lost``. A frozen one keeps its connection, and no kernel tells: it is
-asked (PING) and does not answer. The asking and the answering is done by the calls that wait, with no thread beside them:
-a thread's heartbeat would go on while the member it speaks for is stuck. So an answer means that the member itself is
-being served, and none that it is frozen or at work elsewhere; both count only by the deadline, for whoever waits for it:
-``wait`` asks shortly before its deadline and names the silent in its error, and a server that waits for nobody in
-particular (``recv_any``) asks those that have been quiet for a while and tells of the silent by a ``Silent`` event.
+Who is there. A peer that dies is seen at once as ``Lost``. A frozen one keeps its connection, and no kernel tells: it
+gives no sign of life. Signs are given by the calls that wait, with no thread beside them: a thread's heartbeat would go
+on while the member it speaks for is stuck. So a sign means that the member itself is being served, and none that it is
+frozen or at work elsewhere; both count only by the deadline, for whoever waits for it. Who waits together with others
+(``wait`` with ``watch``) gives them a sign every so often, unasked, for a question may be stuck behind a frame that is not
+taken; its error names those that gave none. A server that waits for nobody in particular (``recv_any``) asks those that
+have been quiet for a while (PING), and tells of the silent by a ``Silent`` event.
 """
 
 from __future__ import annotations
@@ -144,9 +145,9 @@ class Endpoint(ABC):
         self._posted: dict[int, deque[Receiving]] = {}
         self._lost: dict[int, Lost] = {}
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
-        self._sent: dict[int, float] = {}  # when the newest frame left for each
         self._asked: dict[int, float] = {}  # by recv_any: when those that have not answered yet were asked
         self._silent: set[int] = set()  # those told of
+        self._signed = 0.0  # when we last gave those that we wait with a sign of life
         self._look_again = 0.0
         self._place_any: Place | None = None
         #: Hears of a frame that has come and that nobody takes; it may raise.
@@ -192,7 +193,6 @@ class Endpoint(ABC):
             self._wait_until(lambda: self._num_queued(peer) < MAX_QUEUED, peer)
         views = [v for v in (memoryview(p).cast("B") for p in payload) if len(v)]
         head = Head(Kind.DATA, self.member, self.incarnation, seq, meta, sum(len(v) for v in views))
-        self._sent[peer] = time.monotonic()
         return self._send(peer, head, views)
 
     def irecv(self, peer: int, place: Place, filled: Callable[[int], None] | None = None) -> Receiving:
@@ -266,29 +266,36 @@ class Endpoint(ABC):
     ) -> None:
         """Until all are done, or ``until`` (time.monotonic) has come, or a peer that is needed is lost.
 
-        ``watch``: members whose death matters even if no handle waits for them. Shortly before the deadline they are
-        asked for a sign of life: the error then names the one that is missing, not the one that waits for it too.
-        If it raises, receives that have not begun are withdrawn.
+        ``watch``: members that wait together with us: their death matters even if no handle waits for them, and they are
+        given signs of life. If the deadline passes, the error names the one that gave none, not the one that waits for it
+        too. If it raises, receives that have not begun are withdrawn.
         """
         handles = list(handles)
-        asked = None
         try:
             while pending := [h for h in handles if not h.done]:
                 self._raise_if_lost({h.peer for h in pending}, watch, doing)
                 now = time.monotonic()
                 if now >= until:
-                    raise self._late({h.peer for h in pending}, watch, asked, doing)
-                ask_at = until - self._ask_after_s
-                if asked is None and now >= ask_at:
-                    asked = now
-                    for peer in set(watch) & set(self.peers):
-                        self._send(peer, self._control(Kind.PING), ())
-                self._progress((ask_at if asked is None else until) - now)
+                    raise self._late({h.peer for h in pending}, watch, until, doing)
+                if watch and now - self._signed >= self._sign_every_s:
+                    self._give_sign(watch)
+                    self._signed = now
+                self._progress(min(until, self._signed + self._sign_every_s if watch else until) - now)
         except BaseException:
             for posted in self._posted.values():  # they must not take what comes later
                 for receiving in set(posted).intersection(handles):
                     posted.remove(receiving)
             raise
+
+    @property
+    def _sign_every_s(self) -> float:
+        """Four signs in the time after which a peer counts as silent: some may be late on a busy machine."""
+        return min(0.5, self.deadline_s / 8)
+
+    def _give_sign(self, watch: Collection[int]) -> None:
+        for peer in set(watch).intersection(self.peers):
+            if not self._num_queued(peer):  # or it is on its way, or stuck: one more does not help
+                self._send(peer, self._control(Kind.PONG), ())
 
     def _raise_if_lost(self, needed: Collection[int], watch: Collection[int], doing: object) -> None:
         if not self._lost:
@@ -303,14 +310,10 @@ class Endpoint(ABC):
         if left := tuple(lost.peer for lost in gone if lost.peer in needed):
             raise PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
 
-    def _late(
-        self, needed: Collection[int], watch: Collection[int], asked: float | None, doing: object
-    ) -> DeadlineExceeded:
-        silent = {p for p in watch if asked is None or self._heard.get(p, 0.0) < asked}
-        # The way there and back must be free: question or answer may wait behind a frame that is not taken.
-        not_ahead = {p for p in silent if not self._is_ahead(p)}
-        could_have_answered = {p for p in not_ahead if self._sent.get(p, 0.0) <= self._heard.get(p, 0.0)}
-        ranks = tuple(sorted(could_have_answered or not_ahead or silent or needed))
+    def _late(self, needed: Collection[int], watch: Collection[int], until: float, doing: object) -> DeadlineExceeded:
+        silent = {p for p in watch if p in self.peers and self._heard.get(p, 0.0) < until - 4 * self._sign_every_s}
+        not_ahead = {p for p in silent if not self._is_ahead(p)}  # its signs wait behind a frame that we do not take
+        ranks = tuple(sorted(not_ahead or silent or needed))
         what = "there, but too slow to end" if watch and not silent else "not there"
         return DeadlineExceeded(f"{doing}: {name_ranks(ranks)} {what} before the deadline", ranks)
 

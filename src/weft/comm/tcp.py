@@ -26,7 +26,7 @@ from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, 
 
 CHUNK_BYTES = 1 << 20  # at most this much in one system call: both directions get their turn
 TURN_BYTES = 4 << 20  # at most this much from one peer before the others are looked at
-FLUSH_S = 0.25  # how long a closing endpoint tries to get its goodbyes out
+FLUSH_S = 1.0  # how long a closing endpoint tries to get its goodbyes out
 MAX_STRANGERS = 64  # connections that have not yet said who they are
 SO_MAX_PACING_RATE = 47  # Linux 3.13 and later; Python 3.11's socket does not name it
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE

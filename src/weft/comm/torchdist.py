@@ -233,11 +233,12 @@ class TorchDistLink(Link):
         """
         lost: CommError | None = None
         while True:
+            has_ended = works[0].is_completed()
             try:
                 works[0].wait(timedelta(seconds=LOOK_S))
                 return
             except RuntimeError:
-                if works[0].is_completed():  # else it was the time limit of this look
+                if has_ended:  # else it may be the time limit of this look, even if the work has ended meanwhile
                     raise
             if lost is not None:
                 works.clear()

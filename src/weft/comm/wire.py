@@ -28,8 +28,8 @@ HEADER_BYTES = _HEADER.size
 class Kind(IntEnum):
     HELLO = 1  # first on every connection: who I am
     DATA = 2
-    PING = 3  # "are you there?" asked shortly before a deadline, answered by PONG
-    PONG = 4
+    PING = 3  # "are you there?", answered by PONG
+    PONG = 4  # a sign of life, asked for or not
     GOODBYE = 5  # last on every connection; its metadata may carry the error that made the sender leave
 
 

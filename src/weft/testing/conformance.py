@@ -29,7 +29,7 @@ from weft.comm.link import Link, Op
 from weft.errors import CommError, DeadlineExceeded, Mismatch, PeerLost
 
 DEADLINE_S = 20.0
-SHORT_DEADLINE_S = 1.5  # for the law that waits for it
+SHORT_DEADLINE_S = 2.5  # on a starved machine a sign of life may be late by a part of it
 PATIENCE_S = 30.0  # beyond the deadline, until a test run is given up
 
 
