@@ -248,6 +248,7 @@ class MomentumFree(Regression):
         (Regression("plain"), "allreduce", {"compress": "dgc:0.1"}, Incompatible, "SGD has none that could be"),
         (MomentumFree(), "allreduce", {"compress": "dgc:0.1"}, Incompatible, "RMSprop has none that could be"),
         (Regression(), "localsgd", {"compress": "dgc:0.1"}, Incompatible, "a meeting exchanges parameters"),
+        (Regression(), "localsgd", {"compress": "powersgd:4:0.1"}, Incompatible, "nothing warms up for meetings"),
         (Regression(), "localsgd", {"within": {"compress": "int8"}}, Incompatible, "compress=int8"),
         (Regression(), "allreduce", {"compress": "topkk:1"}, UnknownName, "Did you mean 'topk'"),
         (Regression(), "allreduce", {"compress": "topk"}, ConfigError, "write topk:RATIO"),

@@ -62,9 +62,11 @@ CODECS: dict[str, Choice] = {
     "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), wants_momentum=True),
     "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), wants_momentum=True),
     "powersgd": Choice(
-        "each matrix as a product of two of rank RANK",
-        (Argument("rank", "1 or more", int, lambda n: n >= 1),),
-        warmup=0.5,
+        "each matrix as a product of two of rank RANK, to which it falls in the first WARMUP (0.5) of a run",
+        (
+            Argument("rank", "1 or more", int, lambda n: n >= 1),
+            Argument("warmup", "0 to 1", float, lambda share: 0 <= share <= 1, 0.5),
+        ),
     ),
 }
 
@@ -87,7 +89,13 @@ class Spec:
 
     def warmup(self, steps: int) -> int:
         """Exchanges until it leaves out as much as it was asked to, in a run of so many."""
-        return int(steps * self.choice.warmup)
+        return int(steps * self.arguments.get("warmup", self.choice.warmup))
+
+    @property
+    def asks_for_warmup(self) -> bool:
+        """Of another length than the codec's own, and not of none."""
+        own = {a.name: a.default for a in self.choice.arguments}
+        return self.arguments.get("warmup", 0) not in (0, own.get("warmup"))
 
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])
