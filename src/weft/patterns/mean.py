@@ -17,7 +17,7 @@ from weft.codecs.spec import NONE
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
-from weft.patterns.compression import STATE, give_momentum_back, make_arena, take_momentum
+from weft.patterns.compression import STATE, check_momentum, give_momentum_back, make_arena, take_momentum
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
@@ -60,6 +60,7 @@ class JoinedMean(Exchange):
         self.position = {name: k for k, name in enumerate(replica.params)}
         self.arena: Arena | None = None
         self.compress = compress
+        self.took_momentum = False
         if link.world == 1:
             return
         self.arena = self._make_arena()
@@ -74,6 +75,7 @@ class JoinedMean(Exchange):
         replica, compress = self.replica, self.compress
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
         momentum = take_momentum(replica, compress) if compress != NONE else None
+        self.took_momentum = momentum is not None
         steps = replica.ctx.total_steps
         return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, steps=steps)
 
@@ -94,6 +96,8 @@ class JoinedMean(Exchange):
     def _join(self, update: Update) -> Update:
         assert self.arena is not None
         replica, rank = self.replica, self.link.rank
+        if self.took_momentum:
+            check_momentum(replica.optimizer)
         self._fill_arena(update)
         self.tail.zero_()
         stop = float(replica.ctx.stop_requested())
