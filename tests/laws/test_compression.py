@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,42 @@ def test_what_comes_for_a_parameter_that_nobody_used_is_not_lost(tmp_path: Path)
     assert held[0].came == pytest.approx(held[1].came)
     assert held[0].came + waits == pytest.approx(sum(a.given for a in held), abs=1e-12)
     assert abs(waits) > 1e-6
+
+
+class Scaled(Regression):
+    """Its loss times a number, in which Adam's steps do not change."""
+
+    def __init__(self, scale: float, strange: bool = False) -> None:
+        self.scale, self.strange = scale, strange
+
+    def optimizer(self, params: Any) -> optim.Optimizer:
+        return optim.AdamW(params, lr=0.01, eps=1e-30)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch) * self.scale
+        if self.strange and threading.current_thread().name.endswith("1"):
+            loss = loss + (model[0].weight * 0).sqrt().sum() * 0
+        return loss
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("compress", ["topk:0.1", "dgc:0.1", "int8", "bf16"])
+def test_the_size_of_gradients_does_not_matter(tmp_path: Path, compress: str) -> None:
+    pattern = AllReduce(compress=compress)
+    runs = [
+        train(tmp_path, Scaled(scale), 2, pattern=pattern, run_dir=tmp_path / f"{scale}", dtype="float32")
+        for scale in (1.0, 2.0**-33, 2.0**33)
+    ]
+    assert all(distance(run, runs[0]) <= 1e-5 for run in runs)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize(
+    ("strange", "says"), [(False, "compress=fp16 overflows beyond 65504: use bf16 or int8"), (True, "Look for sqrt")]
+)
+def test_an_overflow_on_the_wire_is_told_from_one_in_the_task(tmp_path: Path, strange: bool, says: str) -> None:
+    with pytest.raises(MemberFailed, match=says):
+        train(tmp_path, Scaled(1.0 if strange else 1e7, strange), 2, pattern=AllReduce(compress="fp16"))
 
 
 # -- state
