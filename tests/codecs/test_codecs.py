@@ -188,6 +188,37 @@ def test_topk_sends_half_precision_and_the_rounding_stays() -> None:
     assert torch.equal(joined + feedback.residual, x)
 
 
+@pytest.mark.parametrize("size", [1e-28, 1e-6, 1.0, 3e7, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_sends_values_of_any_size(size: float, dtype: torch.dtype) -> None:
+    """fp16 alone ends at 65504 and begins at 6e-8. Eight decades below the largest there are still eleven bits."""
+    x = torch.logspace(0, -8, 1000, dtype=dtype) * size
+    feedback = ErrorFeedback(TopK(1.0), [("x", torch.Size((1000,)))], x)
+    joined = x.clone()
+    exchange_all([feedback.exchange(joined, KEYS, 1)])
+    assert torch.allclose(joined, x, rtol=2.0**-11, atol=0.0)
+    assert torch.equal(joined + feedback.residual, x)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-300, 1e300])
+def test_what_no_scale_fits_is_not_lost_in_silence(size: float) -> None:
+    x = torch.linspace(-1, 1, 1000, dtype=torch.float64) * size
+    feedback = ErrorFeedback(TopK(0.1), [("x", torch.Size((1000,)))], x)
+    joined = x.clone()
+    exchange_all([feedback.exchange(joined, KEYS, 1)])
+    assert torch.equal(joined + feedback.residual, x) or not bool(joined.isfinite().all())
+    assert bool(joined.isfinite().all()) == (size < 1)
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_arrives_so(strange: float) -> None:
+    x = given_tensor(10_000)
+    x[1234] = strange
+    codec, out = TopK(0.001), torch.zeros_like(x)
+    codec.decode(codec.encode(x, KEYS), out, KEYS)
+    assert not bool(out[1234].isfinite())
+
+
 def test_what_is_not_a_number_is_sent_first() -> None:
     x = given_tensor(10_000)
     x[1234] = math.nan
@@ -468,8 +499,8 @@ def test_the_ratio_falls_over_the_warm_up() -> None:
     dgc = MomentumCorrection(TopK(0.01), SGD, 10, [("x", torch.Size((1000,)))], torch.zeros(1000))
     sizes = [exchange_all([dgc.exchange(given_tensor(1000, k), Keys(5, k, 0), 1)]) for k in range(12)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 4 * 250 + 4
-    assert sizes[10] == sizes[11] == 4 * 10 + 4
+    assert sizes[0] == 4 * 250 + 4 + 4, "values with offsets, a count, a scale"
+    assert sizes[10] == sizes[11] == 4 * 10 + 4 + 4
 
 
 def test_the_rank_falls_over_the_warm_up_and_nothing_is_lost() -> None:

@@ -30,6 +30,7 @@ class Choice:
     needs_momentum: bool = False  # and is refused where none can be taken
     warmup: float = 0.2  # the share of a run's exchanges in which it leaves out less (Codec.warm_up)
     biased: bool = True  # as the codec's own: it needs error feedback
+    narrow: bool = False  # gradients may be beyond what it can hold
 
     def usage(self, name: str) -> str:
         return name + "".join(
@@ -40,7 +41,11 @@ class Choice:
 RATIO = Argument("ratio", "more than 0 and at most 1", float, lambda r: 0 < r <= 1)
 CODECS: dict[str, Choice] = {
     "bf16": Choice("bfloat16 on the wire: half the bytes", biased=False),
-    "fp16": Choice("float16 on the wire: half the bytes; overflows beyond 65504", biased=False),
+    "fp16": Choice(
+        "float16 on the wire: half the bytes; overflows beyond 65504, loses values under 6e-8",
+        biased=False,
+        narrow=True,
+    ),
     "int8": Choice("8 bits a value, scaled in blocks of 1024"),
     "qsgd": Choice(
         "rounded at random to LEVELS (127), without bias; 4 bits a value for 7 levels and fewer",
@@ -49,7 +54,7 @@ CODECS: dict[str, Choice] = {
     ),
     "sign": Choice("1 bit a value, times the mean magnitudes of its row and column"),
     "topk": Choice(
-        "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes",
+        "the RATIO of values that are largest, as scaled fp16 (or full) and an offset of 2 bytes",
         (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
         wants_momentum=True,
     ),

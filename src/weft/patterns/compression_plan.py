@@ -50,12 +50,12 @@ class CompressionPlan:
             return [f"{name}: one worker sends nothing, so nothing is compressed"]
         if not self.large:
             return [f"{name}: no tensor of this model is large enough to be compressed, so all travel whole"]
-        optimizer, momentum = self.facts.optimizer, self.facts.momentum
+        optimizer, momentum, stays = self.facts.optimizer, self.facts.momentum, self.facts.momentum_stays
         if self.takes_momentum:
             assert momentum is not None
             return [f"{optimizer}'s momentum of {momentum[0]:g} is taken before {self.spec.name}, and not after it"]
         if self.of_gradients and self.spec.takes_momentum:
             return [
-                f"{name} does better with a momentum taken before it, and {optimizer} as the task sets it has none that could be"
+                f"{name} does better with a momentum taken before it, and {optimizer} has none that could be: {stays}"
             ]
         return []
