@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import weft
+from weft.clusters.inprocess import InProcessSession
+from weft.config import RunFolder
 from weft.errors import (
     AddressInUse,
     CheckpointError,
@@ -260,12 +262,37 @@ def test_unknown_option_of_the_command_line() -> None:
 
 @pytest.mark.multiprocess
 def test_a_port_in_use_is_named_before_any_worker_starts(tmp_path: Path) -> None:
+    """And the corrected command may use the same folder."""
+    job: dict[str, Any] = {"workers": 2, "steps": 2, "link": "tcp", "run_dir": tmp_path / "run"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(AddressInUse, match=str(port)):
-            weft.run("digits-mlp", workers=2, steps=2, link="tcp", port=port, run_dir=tmp_path / "run")
+            weft.run("digits-mlp", port=port, trace=True, **job)
+    assert not (tmp_path / "run").exists()
+    assert weft.run("digits-mlp", **job).steps == 2
+
+
+def test_what_a_cluster_refuses_leaves_only_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("too little memory")
+
+    monkeypatch.setattr(InProcessSession, "_make_links", refuse)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="too little memory"):
+        run(workers=2, tensorboard=True, trace=True, run_dir=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["cwd", "logs", "mine.txt"]
+
+
+def test_who_finds_a_run_going_takes_nothing_of_it(tmp_path: Path) -> None:
+    """Both found no run there; the other one has the lock."""
+    with RunFolder.create(tmp_path / "run").locked():
+        before = sorted(os.listdir(tmp_path / "run"))
+        with pytest.raises(RunFolderError, match="still going"):
+            run(run_dir=tmp_path / "run")
+        assert sorted(os.listdir(tmp_path / "run")) == before == [".lock", "checkpoints", "logs"]
 
 
 # -- folders and checkpoints
