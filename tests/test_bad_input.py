@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 import weft
 from weft.clusters.inprocess import InProcessSession
+from weft.comm.torchdist import has_nccl
 from weft.config import RunFolder
 from weft.errors import (
     AddressInUse,
@@ -33,6 +34,7 @@ from weft.errors import (
     UnknownName,
     WeftError,
 )
+from weft.patterns.preflight import choose_device
 from weft.testing import kill
 
 
@@ -127,6 +129,27 @@ def test_balance_is_refused_of_a_pattern_that_knows_no_speeds(monkeypatch: pytes
 def test_cuda_without_a_gpu() -> None:
     with pytest.raises(ConfigError, match="no GPU here"):
         run(device="cuda")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command", [["run", "digits-mlp"], ["explain", "digits-mlp"], ["probe"], ["probe", "digits-mlp"]]
+)
+def test_nccl_without_a_gpu_is_refused_before_a_worker_starts(command: list[str]) -> None:
+    done = weft_command(*command, "--workers", "2", "--link", "nccl")
+    assert done.returncode == 2
+    assert "link=nccl, but torch sees no GPU here: use --link gloo or shm." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(".") in ([], ["runs"])
+    assert not Path("runs").exists() or os.listdir("runs") == []
+
+
+@pytest.mark.skipif(has_nccl(), reason="there is NCCL")
+def test_a_torch_without_nccl_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="link=nccl, but this torch was built without NCCL: use --link gloo or shm"):
+        choose_device("auto", "nccl")
 
 
 # -- tasks that return the wrong thing

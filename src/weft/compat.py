@@ -77,7 +77,7 @@ def check(config: Config) -> None:
         )
     if config.link == "nccl" and config.device == "cpu":
         raise Incompatible(
-            "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."
+            "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link gloo or shm."
         )
     if config.device == "cuda" and config.link in ("shm", "tcp", "inproc", HIERARCHICAL):
         raise Incompatible(f"link {config.link!r} moves data in main memory, and the device is cuda: use --link nccl.")

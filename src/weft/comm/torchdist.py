@@ -64,7 +64,7 @@ class TorchDistLink(Link):
         dist = _torch_distributed()
         if backend not in ("gloo", "nccl"):
             raise ConfigError(f"unknown backend {backend!r}, possible: gloo, nccl")
-        if backend == "nccl" and not dist.is_nccl_available():
+        if backend == "nccl" and not has_nccl():
             raise ConfigError("this torch has no NCCL: use backend='gloo', or a CUDA build of torch")
         self.rank, self.world, self.carrier, self.deadline_s = rank, world, backend, deadline_s
         self.traffic = Traffic()
@@ -374,6 +374,10 @@ class TorchDistLink(Link):
         if self._nccl is not None:
             self._nccl.abort() if self._error is not None else self._nccl.shutdown()
         self._gloo = self._nccl = None  # their threads and sockets end with them
+
+
+def has_nccl() -> bool:
+    return bool(_torch_distributed().is_nccl_available())
 
 
 def connect_store(host: str, port: int, *, prefix: str, deadline_s: float, serve: bool = False) -> Store:
