@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -92,6 +93,8 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"port": 5000, "workers": 2}, Incompatible, ["port=5000", "--link tcp"]),
         ({"port": 70000, "workers": 2, "link": "tcp"}, ConfigError, ["port=70000", "65535"]),
         ({"deadline_s": 0}, ConfigError, ["deadline=0"]),
+        ({"deadline_s": 1e-6}, ConfigError, ["deadline=1e-06", "0.01 or more"]),
+        ({"deadline_s": math.nan}, ConfigError, ["deadline=nan", "0.01 or more"]),
         ({"keep": 0}, ConfigError, ["keep=0"]),
         ({"restarts": -1}, ConfigError, ["restarts=-1"]),
         ({"save_every": -1}, ConfigError, ["save-every=-1"]),

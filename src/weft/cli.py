@@ -90,7 +90,7 @@ Collective = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="compute threads of each worker")]
 Deadline = Annotated[
-    float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails")
+    float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails, 0.01 or more")
 ]
 SaveEvery = Annotated[
     int | None, typer.Option(help="steps between checkpoints [default: a tenth of the run; 0: only at the end]")
