@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from weft.comm.endpoint import name_ranks
-from weft.comm.link import DEADLINE_S, Link, Op, Traffic
+from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error
 from weft.comm.sites import call_site
 from weft.comm.wire import Meta
 from weft.cost import SLOT_BYTES, all_reduce_bytes, ring_all_reduce_bytes
@@ -343,14 +343,20 @@ class TorchDistLink(Link):
             if dead := tuple(k for k, state in states.items() if state in "XZ"):
                 return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead)
             if stopped := tuple(k for k, state in states.items() if state == "T"):
-                return DeadlineExceeded(f"{doing}: {name_ranks(stopped)} not there (the process is stopped)", stopped)
+                return late_error(stopped, self.deadline_s, doing, "the process is stopped")
             missing = tuple(k for k in others if self._noted("failing", k) is None)
             if time.monotonic() >= until or not missing:
                 break
             time.sleep(0.01)
-        who = f"{name_ranks(missing)} missing" if missing else "no rank is missing"
-        kind = DeadlineExceeded if late else PeerLost
-        return kind(f"{doing}: {who} ({error})", missing)
+        if late and missing:
+            return late_error(missing, self.deadline_s, doing)
+        if late:
+            return DeadlineExceeded(
+                f"{doing}: no rank is missing, and it did not end within {self.deadline_s:g} s ({error}). Allow a longer deadline"
+            )
+        return PeerLost(
+            f"{doing}: {f'{name_ranks(missing)} missing' if missing else 'no rank is missing'} ({error})", missing
+        )
 
     def _note(self, what: str, text: str) -> None:
         with suppress(RuntimeError):  # the store may have died with its host
