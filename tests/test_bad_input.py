@@ -286,6 +286,23 @@ def test_unknown_option_of_the_command_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "says"),
+    [
+        (["run", "digits", "--steps", "0", "--json"], "ConfigError", "steps=0"),
+        (["resume", "nowhere", "--json"], "RunFolderError", "'nowhere' is not the folder of a run"),
+        (["resume", "nowhere", "--compress", "int8", "--json"], "ConfigError", "cannot be given to a resume: what"),
+    ],
+)
+def test_an_error_is_one_json_object_where_json_is_asked_for(command: list[str], kind: str, says: str) -> None:
+    done = weft_command(*command)
+    assert done.returncode == 2
+    told = json.loads(done.stdout)
+    assert (told["kind"], says in told["error"]) == (kind, True), told
+    assert says in done.stderr
+    assert weft_command(*command[:-1]).stdout == ""
+
+
 @pytest.mark.multiprocess
 def test_a_port_in_use_is_named_before_any_worker_starts(tmp_path: Path) -> None:
     """And the corrected command may use the same folder."""
@@ -416,6 +433,13 @@ def test_a_damaged_config_is_named(tmp_path: Path, killed_run: Path) -> None:
 def test_a_run_folder_that_cannot_be_made() -> None:
     with pytest.raises(RunFolderError, match="cannot make the run folder '/proc/weft'"):
         run(run_dir="/proc/weft", steps=2)
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("mine")
+    with pytest.raises(RunFolderError, match="afile' is a file, and a run needs a folder: choose another --run-dir"):
+        run(run_dir=tmp_path / "afile", steps=2)
+    assert (tmp_path / "afile").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -134,6 +134,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{str(path)!r} holds a run already: choose another --run-dir, or `weft resume {path}`."
             )
+        if path.is_file():
+            raise RunFolderError(f"{str(path)!r} is a file, and a run needs a folder: choose another --run-dir.")
         try:
             folder.stood = frozenset(os.listdir(path)) if path.exists() else frozenset()
             for each in (folder.path, folder.checkpoints, folder.logs):
