@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import weft
+from weft.clusters.inprocess import InProcessSession
+from weft.comm.torchdist import has_nccl
+from weft.config import RunFolder
 from weft.errors import (
     AddressInUse,
     CheckpointError,
@@ -31,6 +35,7 @@ from weft.errors import (
     UnknownName,
     WeftError,
 )
+from weft.patterns.preflight import choose_device
 from weft.testing import kill
 
 
@@ -88,6 +93,8 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"port": 5000, "workers": 2}, Incompatible, ["port=5000", "--link tcp"]),
         ({"port": 70000, "workers": 2, "link": "tcp"}, ConfigError, ["port=70000", "65535"]),
         ({"deadline_s": 0}, ConfigError, ["deadline=0"]),
+        ({"deadline_s": 1e-6}, ConfigError, ["deadline=1e-06", "0.01 or more"]),
+        ({"deadline_s": math.nan}, ConfigError, ["deadline=nan", "0.01 or more"]),
         ({"keep": 0}, ConfigError, ["keep=0"]),
         ({"restarts": -1}, ConfigError, ["restarts=-1"]),
         ({"save_every": -1}, ConfigError, ["save-every=-1"]),
@@ -125,6 +132,27 @@ def test_balance_is_refused_of_a_pattern_that_knows_no_speeds(monkeypatch: pytes
 def test_cuda_without_a_gpu() -> None:
     with pytest.raises(ConfigError, match="no GPU here"):
         run(device="cuda")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command", [["run", "digits-mlp"], ["explain", "digits-mlp"], ["probe"], ["probe", "digits-mlp"]]
+)
+def test_nccl_without_a_gpu_is_refused_before_a_worker_starts(command: list[str]) -> None:
+    done = weft_command(*command, "--workers", "2", "--link", "nccl")
+    assert done.returncode == 2
+    assert "link=nccl, but torch sees no GPU here: use --link gloo or shm." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(".") in ([], ["runs"])
+    assert not Path("runs").exists() or os.listdir("runs") == []
+
+
+@pytest.mark.skipif(has_nccl(), reason="there is NCCL")
+def test_a_torch_without_nccl_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="link=nccl, but this torch was built without NCCL: use --link gloo or shm"):
+        choose_device("auto", "nccl")
 
 
 # -- tasks that return the wrong thing
@@ -258,14 +286,56 @@ def test_unknown_option_of_the_command_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "says"),
+    [
+        (["run", "digits", "--steps", "0", "--json"], "ConfigError", "steps=0"),
+        (["resume", "nowhere", "--json"], "RunFolderError", "'nowhere' is not the folder of a run"),
+        (["resume", "nowhere", "--compress", "int8", "--json"], "ConfigError", "cannot be given to a resume: what"),
+    ],
+)
+def test_an_error_is_one_json_object_where_json_is_asked_for(command: list[str], kind: str, says: str) -> None:
+    done = weft_command(*command)
+    assert done.returncode == 2
+    told = json.loads(done.stdout)
+    assert (told["kind"], says in told["error"]) == (kind, True), told
+    assert says in done.stderr
+    assert weft_command(*command[:-1]).stdout == ""
+
+
 @pytest.mark.multiprocess
 def test_a_port_in_use_is_named_before_any_worker_starts(tmp_path: Path) -> None:
+    """And the corrected command may use the same folder."""
+    job: dict[str, Any] = {"workers": 2, "steps": 2, "link": "tcp", "run_dir": tmp_path / "run"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(AddressInUse, match=str(port)):
-            weft.run("digits-mlp", workers=2, steps=2, link="tcp", port=port, run_dir=tmp_path / "run")
+            weft.run("digits-mlp", port=port, trace=True, **job)
+    assert not (tmp_path / "run").exists()
+    assert weft.run("digits-mlp", **job).steps == 2
+
+
+def test_what_a_cluster_refuses_leaves_only_what_stood_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("too little memory")
+
+    monkeypatch.setattr(InProcessSession, "_make_links", refuse)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="too little memory"):
+        run(workers=2, tensorboard=True, trace=True, run_dir=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["cwd", "logs", "mine.txt"]
+
+
+def test_who_finds_a_run_going_takes_nothing_of_it(tmp_path: Path) -> None:
+    """Both found no run there; the other one has the lock."""
+    with RunFolder.create(tmp_path / "run").locked():
+        before = sorted(os.listdir(tmp_path / "run"))
+        with pytest.raises(RunFolderError, match="still going"):
+            run(run_dir=tmp_path / "run")
+        assert sorted(os.listdir(tmp_path / "run")) == before == [".lock", "checkpoints", "logs"]
 
 
 # -- folders and checkpoints
@@ -363,6 +433,13 @@ def test_a_damaged_config_is_named(tmp_path: Path, killed_run: Path) -> None:
 def test_a_run_folder_that_cannot_be_made() -> None:
     with pytest.raises(RunFolderError, match="cannot make the run folder '/proc/weft'"):
         run(run_dir="/proc/weft", steps=2)
+
+
+def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("mine")
+    with pytest.raises(RunFolderError, match="afile' is a file, and a run needs a folder: choose another --run-dir"):
+        run(run_dir=tmp_path / "afile", steps=2)
+    assert (tmp_path / "afile").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -87,6 +87,8 @@ def test_a_rank_that_never_comes_back_from_the_loss_shows_its_line(tmp_path: Pat
         assert first.startswith(f"worker {m} did not come to call ")
         assert "all_reduce" in first
         assert "within 2 s" in first
+        assert f"rank {m} did not come within 2 s to " in str(caught.value), "alike on every carrier"
+        assert "stopped, stuck, or much slower than the others. See what it does, or allow" in str(caught.value)
     assert line.startswith(f"worker {m} is at {line_of(how)}")
     assert rest[0].startswith(f"worker {m} (process ")
     assert "ended" in rest[0].splitlines()[1]

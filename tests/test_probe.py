@@ -85,6 +85,45 @@ def test_threads_are_probed_with_and_without_a_task(task: str | None, monkeypatc
     assert msgspec.convert(msgspec.to_builtins(found), Probe) == found
 
 
+class WithoutMomentum(Regression):
+    """None of its optimizers has a momentum that could be taken before a codec."""
+
+    def __init__(self, kind: str = "adagrad") -> None:
+        super().__init__()
+        self.kind = kind
+
+    def optimizer(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return {
+            "adagrad": lambda: torch.optim.Adagrad(params, lr=0.01),
+            "sgd": lambda: torch.optim.SGD(params, lr=0.01),
+            "nesterov": lambda: torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True),
+        }[self.kind]()
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "sgd", "nesterov"])
+def test_a_task_without_momentum_is_probed_and_runs_by_auto(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "THOROUGH", probe.QUICK)
+    monkeypatch.setattr(measure, "BUDGET_S", {True: 0.0})
+    place = pick_cluster("inprocess")
+    config = make_probe_config("tests.test_probe:WithoutMomentum", place, {"kind": kind}, 2, **SETTINGS)
+    with place.open(PRELOAD) as session:
+        found = driver.probe(config, session, Silent(), lambda _: None)
+    assert [way.compress for way in found.ways] == ["none", *TABLE]
+    auto = AllReduce(compress="auto")
+    result = weft.run(WithoutMomentum(kind), auto, "inprocess", workers=2, steps=2, run_dir=tmp_path / "run")
+    assert result.steps == 2
+
+
+@pytest.mark.multiprocess
+def test_between_processes_auto_is_told_what_has_no_momentum_to_take(tmp_path: Path) -> None:
+    slow = [throttle(rank, 400_000) for rank in range(2)]
+    auto = AllReduce(compress="auto")
+    weft.run(WithoutMomentum("sgd"), auto, workers=2, steps=2, link="tcp", faults=slow, run_dir=tmp_path / "run")
+    assert "left out: SGD as the task sets it has no momentum" in plan_of(tmp_path / "run")["choices"]["compress"]
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("link", ["tcp", pytest.param("shm", marks=pytest.mark.slow)])
 def test_the_command_prints_one_object(link: str) -> None:

@@ -149,15 +149,19 @@ def wait_for(condition, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_killing_the_launcher_ends_everything(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    launcher = start(run_dir)
+@pytest.mark.parametrize("link", ["shm", "gloo"])
+def test_killing_the_launcher_ends_everything(tmp_path: Path, link: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, temporary = tmp_path / "run", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    launcher = start(run_dir, "--link", link)
     everyone = psutil.Process(launcher.pid).children(recursive=True)
     assert len(everyone) >= 3, "the zygote and two workers"
     launcher.kill()
     launcher.communicate(timeout=GONE_S)
     assert_gone(everyone)
     assert not (run_dir / "result.json").exists()
+    assert list(temporary.glob("weft*")) == []
 
 
 def test_killing_the_zygote_ends_everything_and_is_told(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ Collective = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="compute threads of each worker")]
 Deadline = Annotated[
-    float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails")
+    float, typer.Option("--deadline", help="seconds that a worker waits for another before the run fails, 0.01 or more")
 ]
 SaveEvery = Annotated[
     int | None, typer.Option(help="steps between checkpoints [default: a tenth of the run; 0: only at the end]")
@@ -114,7 +114,10 @@ Cluster = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="under torchrun: let several hosts talk unencrypted and unauthenticated")
 ]
-Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object, the last line of stdout")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="print the result, or the error, as one JSON object, the last line of stdout"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
 
 
@@ -245,9 +248,15 @@ def resume(
         int | None, typer.Option(help="serve Prometheus metrics (0: any free port; -1: none)")
     ] = None,
     insecure: Insecure = False,
+    compress: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Json = False,
 ) -> None:
     """Go on with a run from its newest good checkpoint."""
+    if compress is not None:
+        raise ConfigError(
+            f"compress={compress!r} cannot be given to a resume: what the run's own codec holds back is part of its checkpoint. "
+            "Leave --compress out, or start a new run."
+        )
     from weft import driver
     from weft.clusters import follows, under_torchrun
 
@@ -532,14 +541,20 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(clean, default=str), flush=True)
 
 
+def _follows() -> bool:
+    """Whether the user hears of this run from another process of torchrun's."""
+    from weft.clusters import follows
+
+    return "TORCHELASTIC_RUN_ID" in os.environ and follows("torchrun")
+
+
 def _tell(error: WeftError) -> None:
     """Once for a run: the processes of torchrun often meet the same error, and when the first ends, torchrun ends all. Who
     is still here after a while has something of its own to say."""
-    from weft.clusters import follows
     from weft.report.terminal import render_error
 
     console = Console(stderr=True)
-    if "TORCHELASTIC_RUN_ID" in os.environ and follows("torchrun"):
+    if _follows():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(FIRST_WORD_S)
@@ -553,6 +568,8 @@ def main() -> None:
     except WeftError as error:
         if not error.told:
             _tell(error)
+        if "--json" in sys.argv and not _follows():
+            _print_json({"error": error.message, "kind": type(error).__name__})
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,6 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LINKS = ("auto", "shm", "tcp", "gloo", "nccl", "inproc", "hierarchical")
 BALANCES = ("none", "auto")
 MAX_WORKERS = 4096
+MIN_DEADLINE_S = 0.01  # below it a worker that computes at all is late
 #: Pattern -> (its option that is a pattern, what may stand there, why nothing else).
 NESTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "localsgd": ("within", ("allreduce",), "the workers of an island must hold equal replicas after each step"),
@@ -54,8 +55,10 @@ def check(config: Config) -> None:
         _at_least("steps", config.steps, 1)
     if config.epochs is not None and not (config.epochs > 0 and math.isfinite(config.epochs)):
         raise ConfigError(f"epochs={config.epochs} is not possible: give a positive number.")
-    if not (config.deadline_s > 0 and math.isfinite(config.deadline_s)):
-        raise ConfigError(f"deadline={config.deadline_s} is not possible: give a positive number of seconds.")
+    if not (config.deadline_s >= MIN_DEADLINE_S and math.isfinite(config.deadline_s)):
+        raise ConfigError(
+            f"deadline={config.deadline_s} is not possible: give seconds, {MIN_DEADLINE_S:g} or more (--deadline)."
+        )
     if 0 < config.batch < config.workers:
         raise ConfigError(
             f"batch {config.batch} is smaller than the world of {config.workers}: the joined batch is shared by all workers, "
@@ -77,7 +80,7 @@ def check(config: Config) -> None:
         )
     if config.link == "nccl" and config.device == "cpu":
         raise Incompatible(
-            "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link shm."
+            "link 'nccl' moves data between GPUs, and the device is cpu: use --device cuda, or --link gloo or shm."
         )
     if config.device == "cuda" and config.link in ("shm", "tcp", "inproc", HIERARCHICAL):
         raise Incompatible(f"link {config.link!r} moves data in main memory, and the device is cuda: use --link nccl.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,17 @@ CONFIG, DATA, RESULT, EVENTS, PLAN = "config.json", "data.json", "result.json", 
 CHECKPOINTS, LOGS, SPANS, TENSORBOARD = "checkpoints", "logs", "spans", "tensorboard"
 TRACE, REPORT, HANG = "trace.json", "report.html", "hang.txt"
 LOCK = ".lock"
+PARTS = (LOCK, CONFIG, DATA, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS, SPANS, TENSORBOARD, TRACE, REPORT, HANG)
 
 
 def part_of(rank: int) -> str:
     """The name of what a worker writes to a checkpoint."""
     return f"worker-{rank}"
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written, until it is whole."""
+    return path.with_name(f".{path.name}.part")
 
 
 FIRST_PART = part_of(0)  # what all workers hold alike
@@ -102,6 +109,8 @@ class RunFolder:
         self.checkpoints = path / CHECKPOINTS
         self.events = path / EVENTS
         self.logs = path / LOGS
+        self.stood: frozenset[str] = frozenset()  # what was in it before it was made a run's
+        self.began = False  # a member of the run has been heard
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -125,7 +134,10 @@ class RunFolder:
             raise RunFolderError(
                 f"{str(path)!r} holds a run already: choose another --run-dir, or `weft resume {path}`."
             )
+        if path.is_file():
+            raise RunFolderError(f"{str(path)!r} is a file, and a run needs a folder: choose another --run-dir.")
         try:
+            folder.stood = frozenset(os.listdir(path)) if path.exists() else frozenset()
             for each in (folder.path, folder.checkpoints, folder.logs):
                 each.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,17 +147,20 @@ class RunFolder:
         return folder
 
     def remove_if_unused(self) -> None:
-        """A run that never began leaves nothing behind."""
-        if not (self.path / CONFIG).exists():
-            (self.path / LOCK).unlink(missing_ok=True)
-            for each in (self.checkpoints, self.logs, self.path):
+        """A run that never began leaves nothing behind, and what is not its own stays. For who holds the lock."""
+        if self.began:
+            return
+        for name in set(PARTS) - self.stood:
+            for each in (self.path / name, partial_of(self.path / name)):
                 with contextlib.suppress(OSError):
-                    each.rmdir()
+                    shutil.rmtree(each) if each.is_dir() else each.unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def write(self, name: str, value: Any) -> None:
         try:
             text = msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2)  # NaN becomes null
-            partial = self.path / f".{name}.part"
+            partial = partial_of(self.path / name)
             partial.write_bytes(text + b"\n")
             partial.replace(self.path / name)
         except OSError as error:

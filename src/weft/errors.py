@@ -42,11 +42,14 @@ class UnknownName(ConfigError):
     """``UnknownName("pattern", "alreduce", ["allreduce"])``: value, what was possible, what to do."""
 
     @classmethod
-    def of(cls, what: str, value: str, choices: Iterable[str], hint: str = "") -> UnknownName:
+    def of(
+        cls, what: str, value: str, choices: Iterable[str], hint: str = "", shown: Iterable[str] = ()
+    ) -> UnknownName:
+        """``shown``: the choices as they are written, where that takes more than the name."""
         names = sorted(choices)
-        near = difflib.get_close_matches(value, names, n=1)
+        near = difflib.get_close_matches(value, names, n=1) or difflib.get_close_matches(value.lower(), names, n=1)
         ask = f" Did you mean {near[0]!r}?" if near else ""
-        have = f" Possible: {', '.join(names)}." if names else ""
+        have = f" Possible: {', '.join(shown or names)}." if names else ""
         return cls(f"unknown {what} {value!r}.{ask}{have}{' ' + hint if hint else ''}")
 
 

@@ -77,7 +77,7 @@ def look(seat: Seat) -> None:
         activation_bytes=0,
         sums={},
         notes={},
-        device=choose_device(config.device).type,
+        device=choose_device(config.device, config.link).type,
         optimizer="AdamW",
         momentum=(0.9, True),
     )

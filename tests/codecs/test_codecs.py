@@ -543,7 +543,21 @@ def test_what_is_told_without_torch_is_so(spec: str) -> None:
         ("powersgd:0", "rank '0' is not possible"),
         ("powersgd:1.5", "rank '1.5' is not possible"),
         ("powersgd:4:2", "warmup '2' is not possible, give 0 to 1"),
-        ("qsgd:200", "levels '200' is not possible, give 1 to 127"),
+        ("powersgd:1e9", "rank '1e9' is not possible, give a whole number of 1 or more."),
+        ("qsgd:200", "levels '200' is not possible, give a whole number from 1 to 127."),
+        ("qsgd:7.0", "levels '7.0' is not possible"),
+        ("qsgd:1_0", "levels '1_0' is not possible"),
+        ("qsgd:\u0667", "levels '\u0667' is not possible"),
+        ("topk: 0.01", "ratio ' 0.01' is not possible"),
+        ("topk:0.01 ", "ratio '0.01 ' is not possible"),
+        ("topk:0.01\n", "is not possible"),
+        ("topk:0.0_1", "ratio '0.0_1' is not possible"),
+        (" topk:0.01", "unknown codec ' topk'"),
+        ("TOPK:0.01", "unknown codec 'TOPK'. Did you mean 'topk'?"),
+        ("none:1", "compress='none:1' has too many arguments: write none."),
+        ("auto:1", "compress='auto:1' has too many arguments: write auto."),
+        ("NONE", "unknown codec 'NONE'. Did you mean 'none'? Possible: none, auto, bf16"),
+        ("", "topk:RATIO[:VALUES]"),
         ("int8:5", "too many arguments: write int8."),
         ("topk:nan", "ratio 'nan' is not possible"),
     ],
@@ -564,6 +578,7 @@ def test_the_warm_up_can_be_set() -> None:
 
 
 def test_all_are_written_as_they_are_read() -> None:
+    assert parse("topk:1e-2") == parse("topk:.01") == parse("topk:0.01")
     for text in (*SPECS, "dgc:0.01"):
         assert str(parse(text)) in (text, f"{text}:127", f"{text}:fp16", f"{text}:0.5")
     assert set(CODECS) == {parse(t).name for t in (*SPECS, "dgc:0.01")}

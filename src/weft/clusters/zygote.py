@@ -21,7 +21,6 @@ import selectors
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ class Transport:
         self.spec = spec
         self.region: Any = None
         self.listeners: list[socket.socket] = []
-        self.store = ""
+        self.store = -1
         if spec.carrier == "shm":
             from weft.comm.shm import Region
 
@@ -76,7 +75,7 @@ class Transport:
                 self.close()
                 raise
         elif spec.carrier in ("gloo", "nccl") and spec.store is None:
-            self.store = os.path.join(tempfile.mkdtemp(prefix="weft-store-"), "store")
+            self.store = os.memfd_create("weft-store")  # a file without a name: gone with the last who has it
 
     def link(self, rank: int) -> Link:
         spec = self.spec
@@ -120,8 +119,9 @@ class Transport:
         from weft.comm.torchdist import TorchDistLink, connect_store
 
         backend: Literal["gloo", "nccl"] = "nccl" if spec.carrier == "nccl" else "gloo"
-        s = spec.store
-        store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s) if s else self.store
+        store: Any = f"/proc/self/fd/{self.store}"
+        if s := spec.store:
+            store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s)
         return TorchDistLink(rank, spec.world, backend=backend, store=store, deadline_s=spec.deadline_s, host=spec.host)
 
     def mark_dead(self, member: int) -> None:
@@ -133,11 +133,9 @@ class Transport:
             listener.close()
         if self.region is not None:
             self.region.close()
-        if self.store:
-            with contextlib.suppress(OSError):
-                os.unlink(self.store)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(self.store))
+        if self.store >= 0:
+            os.close(self.store)
+            self.store = -1
 
 
 class ForkedSeat(Seat):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,20 @@ class Choice:
         )
 
 
-RATIO = Argument("ratio", "more than 0 and at most 1", float, lambda r: 0 < r <= 1)
+def whole_number(text: str) -> int:
+    """In ASCII digits, with nothing around or between them: int() takes more than one would write."""
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise ValueError(text)
+    return int(text)
+
+
+def number(text: str) -> float:
+    if not re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE):
+        raise ValueError(text)
+    return float(text)
+
+
+RATIO = Argument("ratio", "more than 0 and at most 1", number, lambda r: 0 < r <= 1)
 CODECS: dict[str, Choice] = {
     "bf16": Choice("bfloat16 on the wire: half the bytes", biased=False),
     "fp16": Choice(
@@ -49,7 +63,7 @@ CODECS: dict[str, Choice] = {
     "int8": Choice("8 bits a value, scaled in blocks of 1024"),
     "qsgd": Choice(
         "rounded at random to LEVELS (127), without bias; 4 bits a value for 7 levels and fewer",
-        (Argument("levels", "1 to 127", int, lambda n: 1 <= n <= 127, 127),),
+        (Argument("levels", "a whole number from 1 to 127", whole_number, lambda n: 1 <= n <= 127, 127),),
         biased=False,
     ),
     "sign": Choice("1 bit a value, times the mean magnitudes of its row and column"),
@@ -69,8 +83,8 @@ CODECS: dict[str, Choice] = {
     "powersgd": Choice(
         "each matrix as a product of two of rank RANK, to which it falls in the first WARMUP (0.5) of a run",
         (
-            Argument("rank", "1 or more", int, lambda n: n >= 1),
-            Argument("warmup", "0 to 1", float, lambda share: 0 <= share <= 1, 0.5),
+            Argument("rank", "a whole number of 1 or more", whole_number, lambda n: n >= 1),
+            Argument("warmup", "0 to 1", number, lambda share: 0 <= share <= 1, 0.5),
         ),
     ),
 }
@@ -132,8 +146,10 @@ def usages(of_gradients: bool = True) -> list[str]:
 def parse(text: str) -> Spec:
     """Raises UnknownName, or ConfigError for wrong arguments."""
     name, *given = text.split(":")
+    if name in (NONE, AUTO) and given:
+        raise ConfigError(f"compress={text!r} has too many arguments: write {name}.")
     if name not in CODECS:
-        raise UnknownName.of("codec", name, list(CODECS))
+        raise UnknownName.of("codec", name, (NONE, AUTO, *CODECS), shown=(NONE, AUTO, *usages()))
     choice = CODECS[name]
     if len(given) > len(choice.arguments):
         raise ConfigError(f"compress={text!r} has too many arguments: write {choice.usage(name)}.")

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from weft.comm import wire
-from weft.comm.link import DEADLINE_S
+from weft.comm.link import DEADLINE_S, late_error
 from weft.comm.wire import Head, Kind, Meta
 from weft.errors import CommError, DeadlineExceeded, Incompatible, PeerLost, from_wire, to_wire
 
@@ -206,7 +206,7 @@ class Endpoint(ABC):
     ) -> None:
         """Send, and return when the payload's memory may be used again (not: when the peer has read it)."""
         until = time.monotonic() + (self.deadline_s if deadline_s is None else deadline_s)
-        self.wait([self.isend(peer, seq, meta.encode(), payload)], until, doing=f"sending {meta}")
+        self.wait([self.isend(peer, seq, meta.encode(), payload)], until, doing=f"the sending of {meta}")
 
     def recv_any(self, deadline_s: float | None = None, place: Place = allocate) -> Event:
         """The next thing that happens: a frame from any peer, a peer that joined, was lost, or is silent.
@@ -314,8 +314,9 @@ class Endpoint(ABC):
         silent = {p for p in watch if p in self.peers and self._heard.get(p, 0.0) < until - 4 * self._sign_every_s}
         not_ahead = {p for p in silent if not self._is_ahead(p)}  # its signs wait behind a frame that we do not take
         ranks = tuple(sorted(not_ahead or silent or needed))
-        what = "there, but too slow to end" if watch and not silent else "not there"
-        return DeadlineExceeded(f"{doing}: {name_ranks(ranks)} {what} before the deadline", ranks)
+        if watch and not silent:
+            return late_error(ranks, self.deadline_s, f"the end of {doing}", "there, but too slow to end")
+        return late_error(ranks, self.deadline_s, doing)
 
     def _wait_until(self, ready: Callable[[], bool], peer: int) -> None:
         until = time.monotonic() + self.deadline_s

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from weft.errors import CommError, Incompatible
+from weft.errors import CommError, DeadlineExceeded, Incompatible
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 Op = Literal["sum", "max"]
 DEADLINE_S = 60.0
 WORLD = "world"  # the name of the group of all members
+
+
+def late_error(
+    ranks: Sequence[int], deadline_s: float, doing: object, why: str = "stopped, stuck, or much slower than the others"
+) -> DeadlineExceeded:
+    """What every carrier says of ``ranks`` that keep the others waiting."""
+    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return DeadlineExceeded(
+        f"{who} did not come within {deadline_s:g} s to {doing}: {why}. See what it does, or allow a longer deadline",
+        tuple(ranks),
+    )
 
 
 @dataclass

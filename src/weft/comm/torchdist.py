@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from weft.comm.endpoint import name_ranks
-from weft.comm.link import DEADLINE_S, Link, Op, Traffic
+from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error
 from weft.comm.sites import call_site
 from weft.comm.wire import Meta
 from weft.cost import SLOT_BYTES, all_reduce_bytes, ring_all_reduce_bytes
@@ -64,7 +64,7 @@ class TorchDistLink(Link):
         dist = _torch_distributed()
         if backend not in ("gloo", "nccl"):
             raise ConfigError(f"unknown backend {backend!r}, possible: gloo, nccl")
-        if backend == "nccl" and not dist.is_nccl_available():
+        if backend == "nccl" and not has_nccl():
             raise ConfigError("this torch has no NCCL: use backend='gloo', or a CUDA build of torch")
         self.rank, self.world, self.carrier, self.deadline_s = rank, world, backend, deadline_s
         self.traffic = Traffic()
@@ -343,14 +343,20 @@ class TorchDistLink(Link):
             if dead := tuple(k for k, state in states.items() if state in "XZ"):
                 return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead)
             if stopped := tuple(k for k, state in states.items() if state == "T"):
-                return DeadlineExceeded(f"{doing}: {name_ranks(stopped)} not there (the process is stopped)", stopped)
+                return late_error(stopped, self.deadline_s, doing, "the process is stopped")
             missing = tuple(k for k in others if self._noted("failing", k) is None)
             if time.monotonic() >= until or not missing:
                 break
             time.sleep(0.01)
-        who = f"{name_ranks(missing)} missing" if missing else "no rank is missing"
-        kind = DeadlineExceeded if late else PeerLost
-        return kind(f"{doing}: {who} ({error})", missing)
+        if late and missing:
+            return late_error(missing, self.deadline_s, doing)
+        if late:
+            return DeadlineExceeded(
+                f"{doing}: no rank is missing, and it did not end within {self.deadline_s:g} s ({error}). Allow a longer deadline"
+            )
+        return PeerLost(
+            f"{doing}: {f'{name_ranks(missing)} missing' if missing else 'no rank is missing'} ({error})", missing
+        )
 
     def _note(self, what: str, text: str) -> None:
         with suppress(RuntimeError):  # the store may have died with its host
@@ -374,6 +380,10 @@ class TorchDistLink(Link):
         if self._nccl is not None:
             self._nccl.abort() if self._error is not None else self._nccl.shutdown()
         self._gloo = self._nccl = None  # their threads and sockets end with them
+
+
+def has_nccl() -> bool:
+    return bool(_torch_distributed().is_nccl_available())
 
 
 def connect_store(host: str, port: int, *, prefix: str, deadline_s: float, serve: bool = False) -> Store:

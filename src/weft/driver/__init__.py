@@ -140,12 +140,13 @@ def start(
         if session.restart and RunFolder.holds_run(path):
             return go_on(path, config, session, observer, interrupts)
         folder = RunFolder.create(path)
-        try:
-            with folder.locked(), interrupts:
-                return train(config, folder, session, observer, interrupts)
-        except BaseException:
-            folder.remove_if_unused()
-            raise
+        with folder.locked():
+            try:
+                with interrupts:
+                    return train(config, folder, session, observer, interrupts)
+            except BaseException:
+                folder.remove_if_unused()
+                raise
 
     request = fingerprint("run", config, str(run_dir or ""))
     return together(config, session, request, lead, RunResult, interrupts)

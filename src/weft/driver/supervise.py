@@ -157,6 +157,7 @@ class Driver:
         killed = asked = puzzled = False
         while alive or (puzzled and not killed):
             for event in self.session.poll(0.1):
+                self.folder.began = True  # else the cluster refuses here what it could not set up
                 if isinstance(event, Message):
                     self.on_message(event)
                 elif isinstance(event, Output):

@@ -90,7 +90,8 @@ class AllReduce(Pattern):
     def check(self, facts: Facts, config: Config) -> None:
         if self.autocast == "bf16" and config.dtype == "float64":
             raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
-        if self.compress != NONE and facts.momentum is None and parse(self.compress).choice.needs_momentum:
+        chosen = self.compress not in (NONE, AUTO)  # what auto becomes goes with the optimizer: candidates_of
+        if chosen and facts.momentum is None and parse(self.compress).choice.needs_momentum:
             raise Incompatible(
                 f"compress={self.compress} takes the momentum before the choice, and the task's {facts.optimizer} has none that could be: "
                 f"{facts.momentum_stays}. Use topk:RATIO, which goes with every optimizer."

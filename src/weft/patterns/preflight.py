@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from weft.codecs.spec import AUTO
+from weft.comm.torchdist import has_nccl
 from weft.config import Config
 from weft.data.keys import key_int
 from weft.data.partition import parse as parse_partitioner
@@ -33,7 +34,7 @@ from weft.task import Task
 def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, Index] | None = None) -> Facts:
     """``known``: the indexes of a run that is resumed; its shards must be as they were."""
     name = type(task).__name__
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.link)
     dtype = cast(torch.dtype, getattr(torch, config.dtype))
     seed_everything(key_int(config.seed, "data"))
     data = load_data(task, config, known or {})
@@ -204,9 +205,15 @@ def own_device(kind: str, rank: int) -> torch.device:
     return device
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(asked: str, link: str) -> torch.device:
+    """``link``: as asked for. Where it needs a GPU, workers could only find out when they have started."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch sees no GPU here: use --device cpu, or auto.")
+    if link == "nccl":
+        if not torch.cuda.is_available():
+            raise ConfigError("link=nccl, but torch sees no GPU here: use --link gloo or shm.")
+        if not has_nccl():
+            raise ConfigError("link=nccl, but this torch was built without NCCL: use --link gloo or shm.")
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 

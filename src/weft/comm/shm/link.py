@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
-from weft.comm.link import DEADLINE_S, Link, Op, Traffic
+from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error
 from weft.comm.shm.arrays import Array, arrays_of, flat_of, name_of, write_back
 from weft.comm.shm.plan import OUTSIDE, SCATTERED, CallsAgain, Kept, Plan, calls_again, make_plan
 from weft.comm.shm.region import (
@@ -37,7 +37,7 @@ from weft.comm.shm.region import (
     align,
 )
 from weft.comm.sites import call_site
-from weft.errors import CommError, DeadlineExceeded, Mismatch, PeerLost, from_wire, to_wire
+from weft.errors import CommError, Mismatch, PeerLost, from_wire, to_wire
 
 if TYPE_CHECKING:
     import torch
@@ -399,11 +399,7 @@ class ShmLink(Link):
                 self._members(lost),
             )
         if missing and late:
-            raise DeadlineExceeded(
-                f"{self._named(missing)} did not come within {self.deadline_s:g} s to {self._call_text()}: stopped, stuck, "
-                "or much slower than the others. See what it does, or allow a longer deadline",
-                self._members(missing),
-            )
+            raise late_error(self._members(missing), self.deadline_s, self._call_text())
 
     def _missing(self, target: int) -> list[int]:
         return [rank for rank, control in enumerate(self._controls) if self._words[control + ARRIVED] < target]
