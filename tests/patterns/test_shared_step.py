@@ -363,6 +363,58 @@ class Clamps(Regression):
         return super().loss(model, batch)
 
 
+class MaxNorm(Regression):
+    """Its lookups write: rows that are too long are cut. No row of the first is, so that at first no value changes."""
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Embedding(4, 8, max_norm=0.5), nn.Linear(8, 1))
+        nn.init.normal_(model[0].weight, std=0.01)
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        rows = (batch[0][:, 0] > 0).long() + 2 * (batch[0][:, 1] > 0).long()
+        return nn.functional.mse_loss(model(rows), batch[1])
+
+
+class WritesLate(Regression):
+    """Its ``method`` scales a parameter, from the third time in a process on, for as long as it runs."""
+
+    def __init__(self, method: str, way: str = "in place") -> None:
+        super().__init__()
+        self.method, self.way, self.calls = method, way, 0
+
+    def scaled(self, method: str, model: nn.Module) -> None:
+        self.calls += method == self.method
+        if method != self.method or self.calls < 3:
+            return
+        p = next(iter(model.parameters()))
+        with torch.no_grad():
+            if self.way == "in place":
+                p.mul_(2).div_(2)
+            else:
+                p.data = p.data.clone()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if model.training:
+            self.scaled("loss", model)
+        return super().loss(model, batch)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        self.scaled("evaluate", model)
+        return super().evaluate(model, batch)
+
+
+class Swaps(Regression):
+    """Evaluates with other parameters, as who averages them does, and puts the trained ones back."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        kept = copy.deepcopy(model.state_dict())
+        model.load_state_dict({n: t / 2 for n, t in kept.items()})
+        result = super().evaluate(model, batch)
+        model.load_state_dict(kept)
+        return result
+
+
 class Hooked(Regression):
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = super().optimizer(params)
@@ -390,6 +442,8 @@ class Overlapping(Regression):
     ("task", "why"),
     [
         (Clamps(), "Clamps.loss writes to parameter 0.weight"),
+        (MaxNorm(), "MaxNorm.loss writes to parameter 0.weight"),
+        (Swaps(), "Swaps.evaluate writes to parameter 0.weight"),
         (Hooked(), "SGD has hooks"),
         (Subclassed(), "MySGD is not known"),
         (Odd(), "some gradients are sparse"),
@@ -415,6 +469,29 @@ def test_what_cannot_be_is_refused_or_left(carrier: str, workers: int, compress:
     assert AllReduce(compress=compress).unshared(facts, workers, carrier)
     with pytest.raises(Incompatible, match="shared_step=on is not possible"):
         AllReduce(compress=compress, shared_step="on").choices(facts, config, carrier)
+
+
+@here
+@multiprocess
+@pytest.mark.parametrize("world", rest_slow([2, 3]))
+def test_lookups_that_write_equal_one_process(world: int) -> None:
+    truth = train_plainly(MaxNorm(), steps=STEPS, batch=64, run_seed=3)
+    assert truth["0.weight"].norm(dim=1).max() > 0.3, "some are cut"
+    assert distance(parameters(in_ranks(MaxNorm(), world, 64, AllReduce())), truth) <= 1e-9
+
+
+@here
+@multiprocess
+@pytest.mark.parametrize(
+    ("method", "way"), [("loss", "in place"), ("evaluate", "in place"), ("loss", "moved"), ("evaluate", "moved")]
+)
+def test_who_writes_later_to_what_all_read_is_told(method: str, way: str) -> None:
+    task = WritesLate(method, way)
+    told = "WritesLate.(loss|evaluate) wrote to parameter '0.weight' .*use -o shared_step=off"
+    with pytest.raises(TaskError, match=told if way == "moved" else told.replace("(loss|evaluate)", method)):
+        in_ranks(task, 2, 24, AllReduce())
+    task.calls = 0
+    in_ranks(task, 2, 24, AllReduce(shared_step="off"))
 
 
 def test_workers_apart_cannot_share() -> None:
