@@ -445,7 +445,7 @@ class Overlapping(Regression):
         (MaxNorm(), "MaxNorm.loss writes to parameter 0.weight"),
         (Swaps(), "Swaps.evaluate writes to parameter 0.weight"),
         (Hooked(), "SGD has hooks"),
-        (Subclassed(), "MySGD is not known"),
+        (Subclassed(), "MySGD is not known to treat each number by itself, as torch's SGD, Adam, "),
         (Odd(), "some gradients are sparse"),
         (Overlapping(), "parameter 2.bias is a part of other memory"),
     ],
@@ -461,14 +461,30 @@ def test_where_it_would_be_another_step_each_steps_for_itself(task: weft.Task, w
 
 
 @pytest.mark.parametrize(
-    ("carrier", "workers", "compress"), [("tcp", 2, "none"), ("none", 1, "none"), ("shm", 2, "int8")]
+    ("carrier", "cluster", "compress", "end"),
+    [
+        ("tcp", "local", "none", "no memory that all see. Use --link shm, or leave it out"),
+        ("inproc", "inprocess", "none", "no memory that all see. Use --cluster local, or leave it out"),
+        ("gloo", "torchrun", "none", "no memory that all see. Leave it out"),
+        ("nccl", "local", "none", "no memory that all see. Leave it out"),
+        ("shm", "local", "int8", "joins the gradients its own way. Leave it out"),
+    ],
 )
-def test_what_cannot_be_is_refused_or_left(carrier: str, workers: int, compress: str) -> None:
-    config = Config(task=TaskRef("none"), pattern="allreduce", workers=workers, batch=16, steps=5)
+def test_what_cannot_be_is_refused_or_left(carrier: str, cluster: str, compress: str, end: str) -> None:
+    """With advice that helps."""
+    config = Config(task=TaskRef("none"), pattern="allreduce", workers=2, batch=16, steps=5, cluster=cluster)
     facts = preflight(Regression(), AllReduce(), config)
-    assert AllReduce(compress=compress).unshared(facts, workers, carrier)
-    with pytest.raises(Incompatible, match="shared_step=on is not possible"):
+    assert AllReduce(compress=compress).unshared(facts, 2, carrier)
+    with pytest.raises(Incompatible, match=f"shared_step=on is not possible: .*{end}"):
         AllReduce(compress=compress, shared_step="on").choices(facts, config, carrier)
+
+
+def test_one_worker_is_told_that_it_has_nobody_to_share_with() -> None:
+    config = Config(task=TaskRef("none"), pattern="allreduce", workers=1, batch=16, steps=5)
+    pattern = AllReduce(shared_step="on")
+    facts = preflight(Regression(), pattern, config)
+    assert pattern.choices(facts, config, "none") == {}
+    assert pattern.notes(facts, config) == ["shared_step=on: one worker has nobody to share it with"]
 
 
 @here

@@ -58,7 +58,8 @@ def why_not(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) ->
     ):
         return "two parameters share their memory"
     if type(optimizer) not in ELEMENTWISE:
-        return f"{type(optimizer).__name__} is not known to treat each number by itself"
+        known = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+        return f"{type(optimizer).__name__} is not known to treat each number by itself, as torch's {known} are"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks):
         return f"{type(optimizer).__name__} has hooks, which would see a part of the parameters only"
