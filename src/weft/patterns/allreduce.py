@@ -52,8 +52,8 @@ class AllReduce(Pattern):
     )
     answers: ClassVar[dict[str, str]] = {
         "where do parameters live": "on every worker; where those of a host share the step, once in its memory",
-        "who talks to whom": "a ring of all workers (any collective)",
-        "when": "each step, after backward; between hosts already during it",
+        "who talks to whom": "all workers with all",
+        "when": "each step, after backward, or already during it (overlap)",
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
@@ -213,7 +213,7 @@ class AllReduce(Pattern):
             nbytes += bytes_for(integers, workers)
         if any(p.sparse for p in facts.params):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
-        return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
+        return LinkPlan(members=f"{workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
 
     def shared_link(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan:
         """Of a shared step: a worker reads the others' gradients of its part, and writes that part of the parameters."""
