@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from tests.laws.reference import Odd, Regression, distance, train_apart, train_plainly
 from tests.laws.test_allreduce import EQUAL, train
 from tests.variants import rest_slow
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
+from torch.optim import lr_scheduler
 
 import weft
 from weft import AllReduce, LocalSGD
@@ -61,6 +63,83 @@ def test_at_full_rate_meetings_are_their_definition(tmp_path: Path, compress: st
     truth = train_apart(Odd(), workers=workers, every=4, steps=STEPS, batch=17, island=island, run_seed=3)
     pattern = LocalSGD(every=4, island=island, compress=compress)
     assert distance(train(tmp_path, Odd(), workers, pattern=pattern, batch=17, steps=STEPS), truth) <= EQUAL
+
+
+class Cycled(Regression):
+    """Under a schedule, by name, of the rate and, but for the first, of the momentum too."""
+
+    def __init__(self, schedule: str, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.name = schedule
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+        match self.name:
+            case "cosine":
+                return lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+            case "one cycle":
+                return lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=total_steps)
+            case "one cycle of the rate":
+                return lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=total_steps, cycle_momentum=False)
+            case "cyclic":
+                return lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=4)
+            case "written as it was":
+                return lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=4, base_momentum=0.9, max_momentum=0.9)
+            case "late":
+                return Late(optimizer, lambda step: 1.0)
+        raise AssertionError(self.name)
+
+
+class Late(lr_scheduler.LambdaLR):
+    """It sets the momentum once the optimizer has stepped: no schedule that is stepped alone shows it."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.optimizer.state:
+            self.optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+
+
+ALL_SENT = "topk:0.999999:full"  # of so few values all; the momentum is taken before it, as before a smaller ratio
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize(
+    ("schedule", "taken"),
+    [
+        ("cosine", True),
+        ("one cycle of the rate", True),
+        ("one cycle", False),
+        ("cyclic", False),
+        ("written as it was", False),
+    ],
+)
+@pytest.mark.parametrize("compress", [ALL_SENT, "randomk:0.999999"])
+def test_momentum_is_applied_once_whatever_the_schedule(
+    tmp_path: Path, schedule: str, taken: bool, compress: str
+) -> None:
+    truth = train_plainly(Cycled(schedule), steps=STEPS, batch=24, run_seed=3)
+    pattern = AllReduce(compress=compress)
+    got = train(tmp_path, Cycled(schedule), 2, pattern=pattern, batch=24, steps=STEPS)
+    assert distance(got, truth) <= EQUAL
+    plan = (tmp_path / "run" / "plan.json").read_text()
+    assert ("momentum of 0.9 is taken before" in plan) == taken
+    assert ("sets it during the run" in plan) != taken
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_momentum_that_comes_back_all_the_same_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(MemberFailed, match="AdamW is taken before the codec, and the task set it to 0.9 again"):
+        train(tmp_path, Cycled("late", "adamw"), 2, pattern=AllReduce(compress=ALL_SENT), batch=24, steps=STEPS)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("compress", [ALL_SENT, "topk:1:full", "blocks:0.999999"])
+def test_clipping_bounds_the_gradient_and_not_the_momentum(tmp_path: Path, compress: str) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3, clip=0.05)
+    pattern = AllReduce(compress=compress, clip_norm=0.05)
+    got = train(tmp_path, Regression(), 2, pattern=pattern, batch=24, steps=STEPS)
+    assert distance(got, truth) <= 1e-7, "torch's clip_grad_norm_ adds 1e-6 to the norm"
+    noted = "clip_norm bounds gradients" in (tmp_path / "run" / "plan.json").read_text()
+    assert noted == (compress != "topk:1:full")
 
 
 # -- where something is
@@ -123,6 +202,42 @@ def test_what_comes_for_a_parameter_that_nobody_used_is_not_lost(tmp_path: Path)
     assert held[0].came == pytest.approx(held[1].came)
     assert held[0].came + waits == pytest.approx(sum(a.given for a in held), abs=1e-12)
     assert abs(waits) > 1e-6
+
+
+class Scaled(Regression):
+    """Its loss times a number, in which Adam's steps do not change."""
+
+    def __init__(self, scale: float, strange: bool = False) -> None:
+        self.scale, self.strange = scale, strange
+
+    def optimizer(self, params: Any) -> optim.Optimizer:
+        return optim.AdamW(params, lr=0.01, eps=1e-30)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch) * self.scale
+        if self.strange and threading.current_thread().name.endswith("1"):
+            loss = loss + (model[0].weight * 0).sqrt().sum() * 0
+        return loss
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("compress", ["topk:0.1", "dgc:0.1", "int8", "bf16"])
+def test_the_size_of_gradients_does_not_matter(tmp_path: Path, compress: str) -> None:
+    pattern = AllReduce(compress=compress)
+    runs = [
+        train(tmp_path, Scaled(scale), 2, pattern=pattern, run_dir=tmp_path / f"{scale}", dtype="float32")
+        for scale in (1.0, 2.0**-33, 2.0**33)
+    ]
+    assert all(distance(run, runs[0]) <= 1e-5 for run in runs)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize(
+    ("strange", "says"), [(False, "compress=fp16 overflows beyond 65504: use bf16 or int8"), (True, "Look for sqrt")]
+)
+def test_an_overflow_on_the_wire_is_told_from_one_in_the_task(tmp_path: Path, strange: bool, says: str) -> None:
+    with pytest.raises(MemberFailed, match=says):
+        train(tmp_path, Scaled(1.0 if strange else 1e7, strange), 2, pattern=AllReduce(compress="fp16"))
 
 
 # -- state
@@ -210,8 +325,11 @@ def test_counted_bytes_of_meetings_are_the_planned_ones(tmp_path: Path) -> None:
     assert result.bytes_sent == pytest.approx(27 * plan["links"][0]["bytes_per_step"], rel=0.05)
 
 
-@pytest.mark.parametrize(("compress", "copies"), [("topk:0.1", 2), ("int8", 1), ("bf16", 0)])
-def test_the_plan_counts_what_is_kept(tmp_path: Path, compress: str, copies: int) -> None:
+@pytest.mark.parametrize(
+    ("compress", "clip_norm", "copies"),
+    [("topk:0.1", None, 2), ("topk:0.1", 1.0, 1), ("int8", None, 1), ("bf16", None, 0)],
+)
+def test_the_plan_counts_what_is_kept(tmp_path: Path, compress: str, clip_norm: float | None, copies: int) -> None:
     """The residual and the momentum of the large tensors: the arena's own, by its buffers."""
     held: list[Any] = []
 
@@ -222,7 +340,7 @@ def test_the_plan_counts_what_is_kept(tmp_path: Path, compress: str, copies: int
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "CompressedArena", Watched)
-        pattern = AllReduce(compress=compress)
+        pattern = AllReduce(compress=compress, clip_norm=clip_norm)
         weft.run("digits-mlp", pattern, "inprocess", workers=2, steps=2, run_dir=tmp_path / "run")
     state = held[0].own_state()["0"]
     kept = sum(t.nbytes for tensors in state.values() for t in tensors.values())
@@ -252,17 +370,29 @@ def test_the_plan_says_where_nothing_is_saved(compress: str, saves: bool, patter
 # -- refusals
 
 
-class MomentumFree(Regression):
+class By(Regression):
+    def __init__(self, optimizer: Any, **options: Any) -> None:
+        self.make, self.options = optimizer, options
+
     def optimizer(self, params: Any) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(params)
+        return self.make(params, lr=0.01, **self.options)
+
+
+DGC = {"compress": "dgc:0.1"}
 
 
 @pytest.mark.parametrize(
     ("task", "pattern", "options", "kind", "says"),
     [
-        (Regression("plain"), "allreduce", {"compress": "dgc:0.1"}, Incompatible, "SGD has none that could be"),
-        (MomentumFree(), "allreduce", {"compress": "dgc:0.1"}, Incompatible, "RMSprop has none that could be"),
+        (By(optim.SGD), "allreduce", DGC, Incompatible, "SGD has none that could be: it is 0"),
+        (By(optim.SGD, momentum=0.9, nesterov=True), "allreduce", DGC, Incompatible, "its nesterov, dampening or"),
+        (By(optim.Adam, weight_decay=0.1), "allreduce", DGC, Incompatible, "its weight_decay goes into the momentum"),
+        (By(optim.RMSprop), "allreduce", DGC, Incompatible, "RMSprop has none that could be: it is none of"),
+        (Odd(), "allreduce", DGC, Incompatible, "some gradients are sparse"),
+        (Cycled("one cycle", "adamw"), "allreduce", DGC, Incompatible, "OneCycleLR sets it during the run"),
+        (Regression(), "allreduce", DGC | {"clip_norm": 1.0}, Incompatible, "clip_norm bounds gradients"),
         (Regression(), "localsgd", {"compress": "dgc:0.1"}, Incompatible, "a meeting exchanges parameters"),
+        (Regression(), "localsgd", {"compress": "powersgd:4:0.1"}, Incompatible, "nothing warms up for meetings"),
         (Regression(), "localsgd", {"within": {"compress": "int8"}}, Incompatible, "compress=int8"),
         (Regression(), "allreduce", {"compress": "topkk:1"}, UnknownName, "Did you mean 'topk'"),
         (Regression(), "allreduce", {"compress": "topk"}, ConfigError, "write topk:RATIO"),

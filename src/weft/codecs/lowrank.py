@@ -7,7 +7,6 @@ starts them from callbacks in an order that differs between ranks, and hangs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -209,17 +208,11 @@ class PowerSgd(Codec):
 
 
 def orthonormalise_(rows: Tensor) -> None:
-    """Modified Gram-Schmidt, in place, on rows (r, n). A row that lies in the span of those before it becomes 0."""
-    tiny = torch.finfo(rows.dtype).tiny
-    rounding = 8 * torch.finfo(rows.dtype).eps
-    before = torch.linalg.vector_norm(rows, dim=1)
-    for k in range(len(rows)):
-        row = rows[k]
-        norm = torch.linalg.vector_norm(row)
-        scale = torch.where(
-            norm > torch.clamp(rounding * before[k], min=math.sqrt(tiny)), 1 / norm, torch.zeros_like(norm)
-        )
-        row.mul_(scale.nan_to_num(posinf=0.0))
-        if k + 1 < len(rows):
-            rest = rows[k + 1 :]
-            rest.sub_(torch.outer(rest @ row, row))
+    """In place, rows (r, n) with r <= n, by Householder's QR.
+
+    Gram-Schmidt, the paper's way, loses orthogonality where rows nearly depend on each other, as those of a gradient of low
+    rank do: what comes out is then longer than the gradient. And a row that it makes 0 stays 0, here and in the Q that follows;
+    this gives it a direction of its own.
+    """
+    columns = rows.T.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows.T
+    rows.copy_(torch.linalg.qr(columns).Q.T)

@@ -42,8 +42,8 @@ class Sparsifier(Codec):
 class TopK(Sparsifier):
     """The ceil(ratio * numel) values of largest magnitude, exactly (Aji & Heafield 2017; Lin et al. 2018).
 
-    On the wire: values (fp16, or as given with ``full``), how many lie in each block of 65,536, and their offsets in it:
-    4 bytes an entry. NaN counts as the largest, so that it is seen.
+    On the wire: values (fp16 of x / scale, or as given with ``full``), how many lie in each block of 65,536, the scale (float32), and
+    their offsets in the blocks: 4 bytes an entry. NaN counts as the largest, so that it is seen.
     """
 
     name = "topk"
@@ -55,23 +55,25 @@ class TopK(Sparsifier):
     def nbytes(self, numel: int, itemsize: int = 4) -> int:
         return sum(self._lengths(numel, itemsize))
 
-    def _lengths(self, numel: int, itemsize: int) -> tuple[int, int, int]:
-        """Bytes of values (padded to whole words), of counts, of offsets."""
+    def _lengths(self, numel: int, itemsize: int) -> list[int]:
+        """Bytes of values (padded to whole words), of counts, of the scale, of offsets."""
         k = num_kept(self.ratio, numel)
-        return -(-k * (itemsize if self.full else 2) // 4) * 4, 4 * -(-numel // BLOCK), 2 * k
+        return [
+            -(-k * (itemsize if self.full else 2) // 4) * 4,
+            4 * -(-numel // BLOCK),
+            4 * (k > 0 and not self.full),
+            2 * k,
+        ]
 
-    def _parts(self, payload: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(values (k,), counts (blocks,) int32, offsets (k,) int16) as views."""
-        first, second, third = self._lengths(len(out), out.element_size())
-        if len(payload) != first + second + third:
-            raise ValueError(f"topk: {len(payload)} bytes for {len(out)} values, not {first + second + third}")
+    def _parts(self, payload: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(values (k,), counts (blocks,) int32, scale (1,) float32 or nothing, offsets (k,) int16) as views."""
+        lengths = self._lengths(len(out), out.element_size())
+        if len(payload) != sum(lengths):
+            raise ValueError(f"topk: {len(payload)} bytes for {len(out)} values, not {sum(lengths)}")
+        values, counts, scale, offsets = payload.split(lengths)
         k = num_kept(self.ratio, len(out))
         dtype = out.dtype if self.full else torch.float16
-        return (
-            payload[:first].view(dtype)[:k],
-            payload[first : first + second].view(torch.int32),
-            payload[first + second :].view(torch.int16),
-        )
+        return values.view(dtype)[:k], counts.view(torch.int32), scale.view(torch.float32), offsets.view(torch.int16)
 
     def encode(self, x: Tensor, keys: Keys) -> Tensor:
         return self._encode(x, None)
@@ -82,25 +84,29 @@ class TopK(Sparsifier):
     def _encode(self, x: Tensor, plus: Tensor | None) -> Tensor:
         """Of x + plus, if ``plus`` is given: and then what is left goes to ``x``."""
         payload = self._scratch("payload", self.nbytes(len(x), x.element_size()), torch.uint8, x.device)
-        values, counts, offsets = self._parts(payload, x)
+        values, counts, scale, offsets = self._parts(payload, x)
         if not len(values):
             return payload
         if x.is_cpu:
             where, found = largest(x.numpy(), len(values), None if plus is None else plus.numpy())
-            chosen = torch.from_numpy(where)
-            values.copy_(torch.from_numpy(found))
+            chosen, large = torch.from_numpy(where), torch.from_numpy(found)
         else:
             chosen = _largest_on_device(x if plus is None else x.add_(plus), len(values))
-            values.copy_(x[chosen])
+            large = x[chosen]
+        if self.full:
+            values.copy_(large)
+        else:
+            large = large.to(wide(x.dtype))
+            values.copy_(large.div_(scale.copy_(fitting_scale(large))))
         ends = torch.searchsorted(chosen, torch.arange(1, len(counts) + 1, device=x.device) * BLOCK)
         counts.copy_(torch.diff(ends, prepend=ends.new_zeros(1)))
         offsets.copy_(chosen & (BLOCK - 1))  # 40,000 becomes -25,536: 16 bits either way
         if plus is not None:
-            x[chosen] -= values.to(x.dtype)
+            x[chosen] -= scaled(values, scale, x.dtype)
         return payload
 
     def add_to(self, out: Tensor, payload: Tensor, keys: Keys, alpha: float = 1.0) -> None:
-        values, counts, offsets = self._parts(payload, out)
+        values, counts, scale, offsets = self._parts(payload, out)
         if int(counts.sum()) != len(offsets):
             raise ValueError(f"topk: {int(counts.sum())} entries are announced, and {len(offsets)} are here")
         starts = torch.arange(len(counts), device=out.device) * BLOCK
@@ -109,7 +115,25 @@ class TopK(Sparsifier):
         )
         if len(chosen) and int(chosen[-1]) >= len(out):
             raise ValueError(f"topk: an entry at {int(chosen[-1])} of {len(out)} values")
-        out.index_add_(0, chosen, values.to(out.dtype), alpha=alpha)
+        out.index_add_(0, chosen, scaled(values, scale, out.dtype), alpha=alpha)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """It holds any scale."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def fitting_scale(values: Tensor) -> Tensor:
+    """The power of two by which the largest becomes 16,384 to 32,767: then fp16 keeps 11 bits of values down to 4e-9 times that one,
+    and division by it rounds nothing. It is a normal float32; any, if there are values that are not finite."""
+    low, high = values.aminmax()
+    exponent = torch.frexp(torch.maximum(-low, high).nan_to_num_(posinf=1.0)).exponent - 15
+    return torch.ldexp(torch.ones_like(low), exponent.clamp_(-126, 127))
+
+
+def scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was sent, in ``dtype``; as it is, without a scale."""
+    return values.to(wide(dtype)).mul_(scale).to(dtype) if len(scale) else values.to(dtype)
 
 
 def largest(x: Array, k: int, plus: Array | None = None) -> tuple[Indices, Array]:

@@ -30,6 +30,7 @@ class Choice:
     needs_momentum: bool = False  # and is refused where none can be taken
     warmup: float = 0.2  # the share of a run's exchanges in which it leaves out less (Codec.warm_up)
     biased: bool = True  # as the codec's own: it needs error feedback
+    narrow: bool = False  # gradients may be beyond what it can hold
 
     def usage(self, name: str) -> str:
         return name + "".join(
@@ -40,7 +41,11 @@ class Choice:
 RATIO = Argument("ratio", "more than 0 and at most 1", float, lambda r: 0 < r <= 1)
 CODECS: dict[str, Choice] = {
     "bf16": Choice("bfloat16 on the wire: half the bytes", biased=False),
-    "fp16": Choice("float16 on the wire: half the bytes; overflows beyond 65504", biased=False),
+    "fp16": Choice(
+        "float16 on the wire: half the bytes; overflows beyond 65504, loses values under 6e-8",
+        biased=False,
+        narrow=True,
+    ),
     "int8": Choice("8 bits a value, scaled in blocks of 1024"),
     "qsgd": Choice(
         "rounded at random to LEVELS (127), without bias; 4 bits a value for 7 levels and fewer",
@@ -49,7 +54,7 @@ CODECS: dict[str, Choice] = {
     ),
     "sign": Choice("1 bit a value, times the mean magnitudes of its row and column"),
     "topk": Choice(
-        "the RATIO of values that are largest, as fp16 (or full) and an offset of 2 bytes",
+        "the RATIO of values that are largest, as scaled fp16 (or full) and an offset of 2 bytes",
         (RATIO, Argument("values", "fp16 or full", str, lambda v: v in ("fp16", "full"), "fp16")),
         wants_momentum=True,
     ),
@@ -62,9 +67,11 @@ CODECS: dict[str, Choice] = {
     "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), wants_momentum=True),
     "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), wants_momentum=True),
     "powersgd": Choice(
-        "each matrix as a product of two of rank RANK",
-        (Argument("rank", "1 or more", int, lambda n: n >= 1),),
-        warmup=0.5,
+        "each matrix as a product of two of rank RANK, to which it falls in the first WARMUP (0.5) of a run",
+        (
+            Argument("rank", "1 or more", int, lambda n: n >= 1),
+            Argument("warmup", "0 to 1", float, lambda share: 0 <= share <= 1, 0.5),
+        ),
     ),
 }
 
@@ -87,7 +94,13 @@ class Spec:
 
     def warmup(self, steps: int) -> int:
         """Exchanges until it leaves out as much as it was asked to, in a run of so many."""
-        return int(steps * self.choice.warmup)
+        return int(steps * self.arguments.get("warmup", self.choice.warmup))
+
+    @property
+    def asks_for_warmup(self) -> bool:
+        """Of another length than the codec's own, and not of none."""
+        own = {a.name: a.default for a in self.choice.arguments}
+        return self.arguments.get("warmup", 0) not in (0, own.get("warmup"))
 
     def __str__(self) -> str:
         return ":".join([self.name, *(v if isinstance(v, str) else f"{v:g}" for v in self.arguments.values())])

@@ -171,7 +171,9 @@ def with_compress(config: Config, compress: str) -> Config:
 def candidates_of(pattern: Pattern, facts: Facts) -> tuple[list[str], list[str]]:
     """What `auto` may become for this task, and, in words, what it may not."""
     lost = [c for c in pattern.auto_compress if parse(c).takes_momentum and facts.momentum is None]
-    words = [f"{', '.join(lost)} left out: {facts.optimizer} as the task sets it has no momentum to take before it"]
+    words = [
+        f"{', '.join(lost)} left out: {facts.optimizer} has no momentum to take before it ({facts.momentum_stays})"
+    ]
     return [c for c in pattern.auto_compress if c not in lost], words if lost else []
 
 

@@ -107,8 +107,7 @@ class AllReduce(Pattern):
         if self.compress != NONE and facts.momentum is None and parse(self.compress).choice.needs_momentum:
             raise Incompatible(
                 f"compress={self.compress} takes the momentum before the choice, and the task's {facts.optimizer} has none that could be: "
-                "it wants SGD with momentum (no nesterov, dampening or weight decay), Adam or AdamW, one momentum for all "
-                "parameters, none of them sparse. Use topk:RATIO, which goes with every optimizer."
+                f"{facts.momentum_stays}. Use topk:RATIO, which goes with every optimizer."
             )
         share = config.batch // config.workers
         if self.accumulate > share:
@@ -116,6 +115,14 @@ class AllReduce(Pattern):
                 f"accumulate={self.accumulate} cannot cut a worker's share of {share} examples (batch {config.batch} over "
                 f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
             )
+
+    @property
+    def wants_momentum(self) -> bool:
+        return self.compress == AUTO or (self.compress != NONE and parse(self.compress).takes_momentum)
+
+    @property
+    def clips(self) -> bool:
+        return self.clip_norm is not None
 
     def unshared(self, facts: Facts, workers: int, carrier: str) -> str:
         """Why each worker steps all parameters; empty: they share the step."""

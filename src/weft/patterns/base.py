@@ -83,8 +83,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     between_hosts: bool = False  # the workers stand on several
     step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
     momentum: tuple[float, bool] | None = (
-        None  # its first moment, if it could as well be taken beforehand (preflight.plain_momentum)
+        None  # its first moment, if it could as well be taken beforehand (preflight.momentum_before)
     )
+    momentum_stays: str = ""  # why it could not, where there is none
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
@@ -244,6 +245,16 @@ class Pattern(ABC):
     @property
     def goes_by_rate(self) -> bool:
         """It needs to know when the learning rate drops (Facts.rate_drops_at)."""
+        return False
+
+    @property
+    def wants_momentum(self) -> bool:
+        """It would take the momentum of the task's optimizer before its codec (Facts.momentum)."""
+        return False
+
+    @property
+    def clips(self) -> bool:
+        """It bounds the norm of gradients."""
         return False
 
     def period(self, facts: Facts, config: Config) -> int:

@@ -15,6 +15,7 @@ from weft.codecs.spec import NONE, Spec, is_compressed, parse
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
 from weft.data.keys import key_int
+from weft.errors import TaskError
 from weft.patterns.training import Arena, Replica
 
 if TYPE_CHECKING:
@@ -59,6 +60,20 @@ def set_momentum(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["betas"] = (factor, group["betas"][1])
         else:
             group["momentum"] = factor
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    return float(group["betas"][0] if "betas" in group else group["momentum"])
+
+
+def check_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """What was taken must not come back: both would act. The preflight has stepped the task's schedule, but not all else."""
+    for group in optimizer.param_groups:
+        if factor := momentum_of(group):
+            raise TaskError(
+                f"the momentum of {type(optimizer).__name__} is taken before the codec, and the task set it to {factor:g} again: both "
+                "would act. Leave it alone during the run (cycle_momentum=False in OneCycleLR and CyclicLR), or use compress=int8."
+            )
 
 
 class CompressedArena(Arena):

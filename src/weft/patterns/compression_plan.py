@@ -58,7 +58,7 @@ class CompressionPlan:
         if not self.large:
             return [f"{name}: no tensor of this model is large enough to be compressed, so all travel whole"]
         result = []
-        optimizer, momentum = self.facts.optimizer, self.facts.momentum
+        optimizer, momentum, stays = self.facts.optimizer, self.facts.momentum, self.facts.momentum_stays
         if (compressed := self.payload_bytes()) >= (whole := sum(self.facts.gradient_bytes.values())):
             result.append(
                 f"{name} makes {compressed:,} bytes of the {whole:,} that would be sent without it: leave it out, or ask for less"
@@ -70,6 +70,6 @@ class CompressionPlan:
             )
         elif self.of_gradients and self.spec.takes_momentum:
             result.append(
-                f"{name} does better with a momentum taken before it, and {optimizer} as the task sets it has none that could be"
+                f"{name} does better with a momentum taken before it, and {optimizer} has none that could be: {stays}"
             )
         return result

@@ -96,10 +96,16 @@ class LocalSGD(Pattern):
     within: Pattern = field(default=AllReduce(), metadata={"doc": "how an island trains; within.clip_norm= and so on"})
 
     def __post_init__(self) -> None:
-        if self.compress not in (NONE, AUTO) and (spec := parse(self.compress)).choice.needs_momentum:
-            raise Incompatible(
-                f"{spec.name} corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
-            )
+        if self.compress not in (NONE, AUTO):
+            spec = parse(self.compress)
+            if spec.choice.needs_momentum:
+                raise Incompatible(
+                    f"{spec.name} corrects the momentum of gradients, and a meeting exchanges parameters: use topk:RATIO."
+                )
+            if spec.asks_for_warmup:
+                raise Incompatible(
+                    f"compress={self.compress}: nothing warms up for meetings, which are few; leave the warm-up out, or write 0."
+                )
         if isinstance(self.within, AllReduce) and self.within.compress != NONE:
             raise Incompatible(
                 f"within.compress={self.within.compress} would compress the quick links inside an island: compress the meetings, "

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.codecs.spec import NONE
+from weft.codecs.spec import NONE, parse
 from weft.comm.link import Link
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
-from weft.patterns.compression import STATE, give_momentum_back, make_arena, take_momentum
+from weft.patterns.compression import STATE, check_momentum, give_momentum_back, make_arena, take_momentum
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
@@ -60,6 +60,9 @@ class JoinedMean(Exchange):
         self.position = {name: k for k, name in enumerate(replica.params)}
         self.arena: Arena | None = None
         self.compress = compress
+        self.took_momentum = False
+        self.narrow = parse(compress).choice.narrow if compress != NONE else False
+        self.given: Update | None = None  # own gradients of the last step, if what carries them may overflow
         if link.world == 1:
             return
         self.arena = self._make_arena()
@@ -74,6 +77,7 @@ class JoinedMean(Exchange):
         replica, compress = self.replica, self.compress
         dense = {n: p for n, p in replica.params.items() if n not in replica.sparse}
         momentum = take_momentum(replica, compress) if compress != NONE else None
+        self.took_momentum = momentum is not None
         steps = replica.ctx.total_steps
         return make_arena(dense, self.link, compress, seed=replica.seed, momentum=momentum, steps=steps)
 
@@ -94,6 +98,8 @@ class JoinedMean(Exchange):
     def _join(self, update: Update) -> Update:
         assert self.arena is not None
         replica, rank = self.replica, self.link.rank
+        if self.took_momentum:
+            check_momentum(replica.optimizer)
         self._fill_arena(update)
         self.tail.zero_()
         stop = float(replica.ctx.stop_requested())
@@ -123,6 +129,7 @@ class JoinedMean(Exchange):
         if correction != 1.0:
             torch._foreach_mul_(self.arena.sums, correction)
         self.running.take(correction)
+        self.given = update if self.narrow else None
         return self._combined(update, correction, present)
 
     def _fill_arena(self, update: Update) -> None:
@@ -153,10 +160,16 @@ class JoinedMean(Exchange):
         step = self.replica.step
         broken = [n for n, p in self.replica.params.items() if not torch.isfinite(p).all()]
         if broken and step > 0:
+            why = (
+                f"the gradients of step {step} were finite and their sum was not, for compress={self.compress} overflows beyond 65504: "
+                "use bf16 or int8."
+                if self._overflowed()
+                else f"a gradient of step {step} was not finite though the loss was. Look for sqrt, log, norm or a division at 0 in the "
+                "loss, lower the learning rate, or run with torch.autograd.set_detect_anomaly(True) in the task: it names the operation."
+            )
             raise TaskError(
                 f"the loss is {losses[0]} at step {step + 1}, for parameters were no numbers before it ({broken[0]!r}, {len(broken)} in "
-                f"all): a gradient of step {step} was not finite though the loss was. Look for sqrt, log, norm or a division at 0 in the loss, lower the "
-                "learning rate, or run with torch.autograd.set_detect_anomaly(True) in the task: it names the operation."
+                f"all): {why}"
             )
         for rank, loss in zip(self.ranks, losses, strict=True):
             if not math.isfinite(loss):
@@ -168,6 +181,16 @@ class JoinedMean(Exchange):
             raise TaskError(
                 f"num_examples added up to {sum(weights)} over all workers at step {step + 1}: it must be positive."
             )
+
+    def _overflowed(self) -> bool:
+        """Every rank's own gradients of the last step were finite. All ranks call."""
+        if self.given is None:
+            return False
+        strange = torch.tensor(
+            float(not all(t.isfinite().all() for t in self.given.tensors())), device=self.tail.device
+        )
+        self.link.all_reduce([strange], op="max")
+        return not strange
 
     def _combined(self, update: Update, correction: float, presence: list[float]) -> Update:
         assert self.arena is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from weft.errors import ConfigError, DataError, Incompatible, TaskError
 from weft.patterns import shared_step
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
+from weft.patterns.compression import momentum_of, set_momentum
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.randomness import seed_everything
@@ -101,6 +102,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
     totals = Totals(task, shapes)
     totals.add(sums)
     totals.summary()
+    momentum = momentum_before(task, pattern, optimizer, config.total_steps(data.num_train), bool(sparse))
     facts = Facts(
         params=[
             ParamFact(n, tuple(p.shape), str(p.dtype).removeprefix("torch."), nbytes(p), p.requires_grad, n in sparse)
@@ -123,7 +125,8 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         rate_drops_at=drop,
         step_s=step_s,
         optimizer=type(optimizer).__name__,
-        momentum=plain_momentum(optimizer) if not sparse else None,
+        momentum=None if isinstance(momentum, str) else momentum,
+        momentum_stays=momentum if isinstance(momentum, str) else "",
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)
@@ -143,21 +146,51 @@ def written(tensors: Mapping[str, Tensor], before: Mapping[str, tuple[int, Tenso
     ]
 
 
-def plain_momentum(optimizer: torch.optim.Optimizer) -> tuple[float, bool] | None:
+def momentum_before(
+    task: Task, pattern: Pattern, optimizer: torch.optim.Optimizer, total_steps: int, sparse: bool
+) -> tuple[float, bool] | str:
+    """plain_momentum, if the pattern may take it of the gradients beforehand; or, in words, why not."""
+    if sparse:
+        return "some gradients are sparse"
+    if pattern.clips:
+        return "clip_norm bounds gradients, and would bound their momentum, which is longer"
+    found = plain_momentum(optimizer)
+    if not isinstance(found, str) and pattern.wants_momentum:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if (schedule := who_sets_momentum(task, params, found[0] / 2, total_steps)) is not None:
+            return f"{schedule} sets it during the run"
+    return found
+
+
+def plain_momentum(optimizer: torch.optim.Optimizer) -> tuple[float, bool] | str:
     """(factor, whether it is a running mean) of the first moment, if it is the same for all parameters and could as well be taken
-    of the gradients beforehand: SGD's, Adam's, AdamW's without more to it. None of any other optimizer."""
+    of the gradients beforehand: SGD's, Adam's, AdamW's without more to it. Of any other optimizer, why it could not."""
     groups = optimizer.param_groups
     if type(optimizer) is torch.optim.SGD:
         factors = {group["momentum"] for group in groups}
-        more = any(g["nesterov"] or g["dampening"] or (g["weight_decay"] and g["momentum"]) for g in groups)
+        if any(g["nesterov"] or g["dampening"] or (g["weight_decay"] and g["momentum"]) for g in groups):
+            return "its nesterov, dampening or weight_decay needs the momentum after the mean"
     elif type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         factors = {group["betas"][0] for group in groups}
-        more = any(g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in groups)
+        if any(g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in groups):
+            return "its weight_decay goes into the momentum (that of AdamW does not)"
     else:
-        return None
-    if more or len(factors) > 1 or not 0 < (factor := float(factors.pop())) < 1:
-        return None
+        return "it is none of torch's SGD, Adam and AdamW"
+    if len(factors) > 1:
+        return "its groups have different ones"
+    if not 0 < (factor := float(factors.pop())) < 1:
+        return f"it is {factor:g}"
     return factor, type(optimizer) is not torch.optim.SGD
+
+
+def who_sets_momentum(task: Task, params: list[nn.Parameter], other: float, total_steps: int) -> str | None:
+    """The task's schedule, if in these steps it touches the momentum: if ``other``, put in its place, does not stay."""
+    for step, optimizer, schedule in scheduled(task, params, total_steps):
+        if step == 0:
+            set_momentum(optimizer, other)
+        elif any(momentum_of(group) != other for group in optimizer.param_groups):
+            return type(schedule).__name__
+    return None
 
 
 def step_seconds(task: Task, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> float:
@@ -301,20 +334,28 @@ def check_schedule(schedule: Any, name: str) -> None:
 
 def rate_drop(task: Task, params: list[nn.Parameter], total_steps: int) -> int | None:
     """After how many updates the rate is at most half of the highest so far; None if in no update but the last."""
+    highest = 0.0
+    for step, optimizer, _ in scheduled(task, params, total_steps):
+        rate = float(optimizer.param_groups[0]["lr"])
+        if rate <= highest / 2:
+            return step
+        highest = max(highest, rate)
+    return None
+
+
+def scheduled(
+    task: Task, params: list[nn.Parameter], total_steps: int
+) -> Iterator[tuple[int, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
+    """(step, a fresh optimizer as the schedule sets it for that update, the schedule); nothing for a task without one."""
     optimizer = task.optimizer(params)
     schedule = task.schedule(optimizer, total_steps)
     if schedule is None:
-        return None
-    highest = 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the updates between the schedule's steps
-        for step in range(total_steps):
-            rate = float(optimizer.param_groups[0]["lr"])
-            if rate <= highest / 2:
-                return step
-            highest = max(highest, rate)
+        return
+    for step in range(total_steps):
+        yield step, optimizer, schedule
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the updates between the schedule's steps
             schedule.step()
-    return None
 
 
 def nbytes(tensor: Tensor) -> int:
