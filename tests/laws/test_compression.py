@@ -19,10 +19,13 @@ import weft
 from weft import AllReduce, LocalSGD
 from weft.codecs import spec
 from weft.compare import final_parameters
+from weft.config import Config, TaskRef
 from weft.errors import ConfigError, Incompatible, MemberFailed, UnknownName
 from weft.events import read_events
 from weft.patterns import compression
+from weft.patterns.preflight import preflight
 from weft.resilience import checkpoint
+from weft.tasks.digits import DigitsMLP
 from weft.testing import kill
 
 STEPS = 12
@@ -350,6 +353,18 @@ def test_the_plan_says_where_there_is_nothing_to_compress(tmp_path: Path) -> Non
     assert "no tensor of this model is large enough" in (tmp_path / "small" / "plan.json").read_text()
     weft.run("digits-mlp", AllReduce(compress="int8"), "inprocess", workers=1, steps=2, run_dir=tmp_path / "alone")
     assert "nothing is compressed" in (tmp_path / "alone" / "plan.json").read_text()
+
+
+@pytest.mark.parametrize("pattern", [AllReduce, LocalSGD])
+@pytest.mark.parametrize(
+    ("compress", "saves"),
+    [(c, False) for c in (*LOSSLESS, "topk:1", "powersgd:1000000000")] + [(c, True) for c in (*BIASED[:2], "topk:0.5")],
+)
+def test_the_plan_says_where_nothing_is_saved(compress: str, saves: bool, pattern: Any) -> None:
+    task, made = DigitsMLP(), pattern(compress=compress)
+    config = Config(task=TaskRef("none"), pattern=made.name, workers=2, batch=24, steps=40)
+    notes = made.notes(preflight(task, made, config), config)
+    assert any("leave it out, or ask for less" in note for note in notes) != saves
 
 
 # -- refusals

@@ -363,6 +363,58 @@ class Clamps(Regression):
         return super().loss(model, batch)
 
 
+class MaxNorm(Regression):
+    """Its lookups write: rows that are too long are cut. No row of the first is, so that at first no value changes."""
+
+    def model(self) -> nn.Module:
+        model = nn.Sequential(nn.Embedding(4, 8, max_norm=0.5), nn.Linear(8, 1))
+        nn.init.normal_(model[0].weight, std=0.01)
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        rows = (batch[0][:, 0] > 0).long() + 2 * (batch[0][:, 1] > 0).long()
+        return nn.functional.mse_loss(model(rows), batch[1])
+
+
+class WritesLate(Regression):
+    """Its ``method`` scales a parameter, from the third time in a process on, for as long as it runs."""
+
+    def __init__(self, method: str, way: str = "in place") -> None:
+        super().__init__()
+        self.method, self.way, self.calls = method, way, 0
+
+    def scaled(self, method: str, model: nn.Module) -> None:
+        self.calls += method == self.method
+        if method != self.method or self.calls < 3:
+            return
+        p = next(iter(model.parameters()))
+        with torch.no_grad():
+            if self.way == "in place":
+                p.mul_(2).div_(2)
+            else:
+                p.data = p.data.clone()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if model.training:
+            self.scaled("loss", model)
+        return super().loss(model, batch)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        self.scaled("evaluate", model)
+        return super().evaluate(model, batch)
+
+
+class Swaps(Regression):
+    """Evaluates with other parameters, as who averages them does, and puts the trained ones back."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        kept = copy.deepcopy(model.state_dict())
+        model.load_state_dict({n: t / 2 for n, t in kept.items()})
+        result = super().evaluate(model, batch)
+        model.load_state_dict(kept)
+        return result
+
+
 class Hooked(Regression):
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = super().optimizer(params)
@@ -390,8 +442,10 @@ class Overlapping(Regression):
     ("task", "why"),
     [
         (Clamps(), "Clamps.loss writes to parameter 0.weight"),
+        (MaxNorm(), "MaxNorm.loss writes to parameter 0.weight"),
+        (Swaps(), "Swaps.evaluate writes to parameter 0.weight"),
         (Hooked(), "SGD has hooks"),
-        (Subclassed(), "MySGD is not known"),
+        (Subclassed(), "MySGD is not known to treat each number by itself, as torch's SGD, Adam, "),
         (Odd(), "some gradients are sparse"),
         (Overlapping(), "parameter 2.bias is a part of other memory"),
     ],
@@ -407,14 +461,53 @@ def test_where_it_would_be_another_step_each_steps_for_itself(task: weft.Task, w
 
 
 @pytest.mark.parametrize(
-    ("carrier", "workers", "compress"), [("tcp", 2, "none"), ("none", 1, "none"), ("shm", 2, "int8")]
+    ("carrier", "cluster", "compress", "end"),
+    [
+        ("tcp", "local", "none", "no memory that all see. Use --link shm, or leave it out"),
+        ("inproc", "inprocess", "none", "no memory that all see. Use --cluster local, or leave it out"),
+        ("gloo", "torchrun", "none", "no memory that all see. Leave it out"),
+        ("nccl", "local", "none", "no memory that all see. Leave it out"),
+        ("shm", "local", "int8", "joins the gradients its own way. Leave it out"),
+    ],
 )
-def test_what_cannot_be_is_refused_or_left(carrier: str, workers: int, compress: str) -> None:
-    config = Config(task=TaskRef("none"), pattern="allreduce", workers=workers, batch=16, steps=5)
+def test_what_cannot_be_is_refused_or_left(carrier: str, cluster: str, compress: str, end: str) -> None:
+    """With advice that helps."""
+    config = Config(task=TaskRef("none"), pattern="allreduce", workers=2, batch=16, steps=5, cluster=cluster)
     facts = preflight(Regression(), AllReduce(), config)
-    assert AllReduce(compress=compress).unshared(facts, workers, carrier)
-    with pytest.raises(Incompatible, match="shared_step=on is not possible"):
+    assert AllReduce(compress=compress).unshared(facts, 2, carrier)
+    with pytest.raises(Incompatible, match=f"shared_step=on is not possible: .*{end}"):
         AllReduce(compress=compress, shared_step="on").choices(facts, config, carrier)
+
+
+def test_one_worker_is_told_that_it_has_nobody_to_share_with() -> None:
+    config = Config(task=TaskRef("none"), pattern="allreduce", workers=1, batch=16, steps=5)
+    pattern = AllReduce(shared_step="on")
+    facts = preflight(Regression(), pattern, config)
+    assert pattern.choices(facts, config, "none") == {}
+    assert pattern.notes(facts, config) == ["shared_step=on: one worker has nobody to share it with"]
+
+
+@here
+@multiprocess
+@pytest.mark.parametrize("world", rest_slow([2, 3]))
+def test_lookups_that_write_equal_one_process(world: int) -> None:
+    truth = train_plainly(MaxNorm(), steps=STEPS, batch=64, run_seed=3)
+    assert truth["0.weight"].norm(dim=1).max() > 0.3, "some are cut"
+    assert distance(parameters(in_ranks(MaxNorm(), world, 64, AllReduce())), truth) <= 1e-9
+
+
+@here
+@multiprocess
+@pytest.mark.parametrize(
+    ("method", "way"), [("loss", "in place"), ("evaluate", "in place"), ("loss", "moved"), ("evaluate", "moved")]
+)
+def test_who_writes_later_to_what_all_read_is_told(method: str, way: str) -> None:
+    task = WritesLate(method, way)
+    told = "WritesLate.(loss|evaluate) wrote to parameter '0.weight' .*use -o shared_step=off"
+    with pytest.raises(TaskError, match=told if way == "moved" else told.replace("(loss|evaluate)", method)):
+        in_ranks(task, 2, 24, AllReduce())
+    task.calls = 0
+    in_ranks(task, 2, 24, AllReduce(shared_step="off"))
 
 
 def test_workers_apart_cannot_share() -> None:

@@ -66,7 +66,7 @@ def make_plan(workers: int = 2, **changes: Any) -> Plan:
         "tier": "stable",
         "answers": {
             "where do parameters live": "on every worker",
-            "who talks to whom": "a ring of all workers (any collective)",
+            "who talks to whom": "all workers with all",
             "when": "each step, after backward",
             "what travels": "gradients",
             "how combined": "mean weighted by examples, summed in rank order",
@@ -86,7 +86,7 @@ def make_plan(workers: int = 2, **changes: Any) -> Plan:
         ],
         "links": [
             LinkPlan(
-                members=f"ring of {workers} workers",
+                members=f"{workers} workers",
                 carrier="shm",
                 bytes_per_step=12_500_000,
                 what="gradients (float32)",
@@ -145,8 +145,8 @@ def test_plan_is_compact_and_tells_what_travels() -> None:
     for told in (
         "codelm · allreduce · 2 workers · local · stable",
         "3.26M parameters · float32 · 98,765 examples to train on, 7,654 held out",
-        "who talks to whom a ring of all workers",
-        "12.5 MB a step from each: gradients (float32), ring of 2 workers, over shm",
+        "who talks to whom all workers with all",
+        "12.5 MB a step from each: gradients (float32), 2 workers, over shm",
         "(1 s at 100 Mbit/s, 100 ms at 1 Gbit/s)",  # 12.5 MB are 100 Mbit
         "52 MB each: parameters 13 MB + gradients 13 MB + optimizer 26 MB",
         "300 steps of 16 examples = 0.43 epochs",

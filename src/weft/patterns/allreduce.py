@@ -26,7 +26,21 @@ if TYPE_CHECKING:
     from weft.patterns.training import Exchange, Replica
 
 
+SHARING = ("shm",)  # carriers that give workers memory that all see
 OVERLAPPING = ("gloo", "tcp")  # carriers that a thread may use beside backward
+#: Option -> cluster -> what to ask for where the carrier does not allow it. With GPUs nothing helps.
+ALLOWING: dict[str, dict[str, str]] = {
+    "shared_step": {"local": "--link shm", "inprocess": "--cluster local"},
+    "overlap": {"local": "--link tcp", "inprocess": "--cluster local --link tcp", "torchrun": "--link gloo"},
+}
+
+
+def refusal(option: str, why: str, config: Config, carrier: str, carriers: Sequence[str]) -> Incompatible:
+    """Of ``option``, which goes with these ``carriers``."""
+    helps = ALLOWING[option].get(config.cluster, "") if carrier not in (*carriers, "nccl") else ""
+    return Incompatible(
+        f"{option}=on is not possible: {why}. {f'Use {helps}, or leave' if helps else 'Leave'} it out (auto)."
+    )
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,8 @@ class AllReduce(Pattern):
     )
     answers: ClassVar[dict[str, str]] = {
         "where do parameters live": "on every worker; where those of a host share the step, once in its memory",
-        "who talks to whom": "a ring of all workers (any collective)",
-        "when": "each step, after backward; between hosts already during it",
+        "who talks to whom": "all workers with all",
+        "when": "each step, after backward, or already during it (overlap)",
         "what travels": "gradients",
         "how combined": "mean weighted by examples, summed in rank order",
     }
@@ -117,7 +131,7 @@ class AllReduce(Pattern):
             return "asked for"
         if workers == 1:
             return "there is one worker"
-        if carrier != "shm":
+        if carrier not in SHARING:
             return f"link {carrier!r} gives workers no memory that all see"
         if self.compress != NONE:
             return f"compress={self.compress} joins the gradients its own way"
@@ -157,15 +171,13 @@ class AllReduce(Pattern):
         return [sum(sizes[k] for k in part) for part in cut_buckets(sizes, self.bucket_bytes(config))]
 
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
-        alone, after = self.unshared(facts, config.workers, carrier), self.unoverlapped(facts, config, carrier)
-        if alone and self.shared_step == "on":
-            raise Incompatible(
-                f"shared_step=on is not possible: {alone}. Leave it out (auto), or use --link shm with such a task."
-            )
         if config.workers == 1:
             return {}
+        alone, after = self.unshared(facts, config.workers, carrier), self.unoverlapped(facts, config, carrier)
+        if alone and self.shared_step == "on":
+            raise refusal("shared_step", alone, config, carrier, SHARING)
         if after and self.overlap == "on":
-            raise Incompatible(f"overlap=on is not possible: {after}. Leave it out (auto).")
+            raise refusal("overlap", after, config, carrier, OVERLAPPING)
         shared = f"on ({'asked for; ' * (self.shared_step == 'on')}parameters live once for all workers, each of which steps its part)"
         overlapped = f"on ({'asked for; ' * (self.overlap == 'on')}{len(self.buckets(facts, config))} buckets, the last parameters' first)"
         return {
@@ -209,7 +221,7 @@ class AllReduce(Pattern):
             nbytes += bytes_for(integers, workers)
         if any(p.sparse for p in facts.params):
             what += "; beside these the touched rows of sparse parameters, which are not counted here"
-        return LinkPlan(members=f"ring of {workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
+        return LinkPlan(members=f"{workers} workers", carrier=carrier, bytes_per_step=nbytes, what=what)
 
     def shared_link(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan:
         """Of a shared step: a worker reads the others' gradients of its part, and writes that part of the parameters."""
@@ -263,6 +275,8 @@ class AllReduce(Pattern):
             )
         if self.compress != NONE:
             result += CompressionPlan(self.compress, facts).notes(config.workers)
+        if self.shared_step == "on" and config.workers == 1:
+            result.append("shared_step=on: one worker has nobody to share it with")
         if self.overlap == "on" and config.workers == 1:
             result.append("overlap=on: one worker sends nothing")
         if frozen := sum(not p.trainable for p in facts.params):

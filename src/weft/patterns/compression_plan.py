@@ -40,6 +40,13 @@ class CompressionPlan:
         result = sum(bytes_for(n, workers) for n in (sums[0] + beside, *sums[1:]))
         return result + sum(all_gather_bytes(carrier, n, workers) for n in gathered)
 
+    def payload_bytes(self) -> int:
+        """What one worker makes of all its dense trained tensors, after the warm-up."""
+        from weft.patterns.compression import bytes_per_exchange  # imports torch
+
+        sums, gathered = bytes_per_exchange(self.facts, self.spec, 0)
+        return sum(sums) + sum(gathered)
+
     def kept_bytes(self) -> int:
         """On a worker: what the codec left out and, of gradients, the momentum taken before it."""
         return sum(p.nbytes for p in self.large) * (int(self.spec.choice.biased) + int(self.takes_momentum))
@@ -50,12 +57,19 @@ class CompressionPlan:
             return [f"{name}: one worker sends nothing, so nothing is compressed"]
         if not self.large:
             return [f"{name}: no tensor of this model is large enough to be compressed, so all travel whole"]
+        result = []
         optimizer, momentum, stays = self.facts.optimizer, self.facts.momentum, self.facts.momentum_stays
+        if (compressed := self.payload_bytes()) >= (whole := sum(self.facts.gradient_bytes.values())):
+            result.append(
+                f"{name} makes {compressed:,} bytes of the {whole:,} that would be sent without it: leave it out, or ask for less"
+            )
         if self.takes_momentum:
             assert momentum is not None
-            return [f"{optimizer}'s momentum of {momentum[0]:g} is taken before {self.spec.name}, and not after it"]
-        if self.of_gradients and self.spec.takes_momentum:
-            return [
+            result.append(
+                f"{optimizer}'s momentum of {momentum[0]:g} is taken before {self.spec.name}, and not after it"
+            )
+        elif self.of_gradients and self.spec.takes_momentum:
+            result.append(
                 f"{name} does better with a momentum taken before it, and {optimizer} has none that could be: {stays}"
-            ]
-        return []
+            )
+        return result

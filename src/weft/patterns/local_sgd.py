@@ -72,7 +72,7 @@ class LocalSGD(Pattern):
     )
     answers: ClassVar[dict[str, str]] = {
         "where do parameters live": "on every worker",
-        "who talks to whom": "a ring of all workers; inside an island, its workers at each step",
+        "who talks to whom": "all workers with all; inside an island, its workers at each step",
         "when": "after some steps of its own (`every`)",
         "what travels": "how far each worker's parameters moved",
         "how combined": "mean weighted by examples, then a step of the outer optimizer",
@@ -207,7 +207,7 @@ class LocalSGD(Pattern):
         return [
             *result,
             LinkPlan(
-                members=f"ring of all {workers} workers",
+                members=f"all {workers} workers",
                 carrier=carrier,
                 bytes_per_step=round(sent / total),
                 what=what,

@@ -64,8 +64,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         if data.first is None
         else batches.of(data.first[:share])
     )
-    before = {n: (b.clone(), b._version) for n, b in model.named_buffers()}
-    given = {n: p.detach().clone() for n, p in params.items()}
+    buffers_before, params_before = snapshot(dict(model.named_buffers())), snapshot(params)
     saved = SavedBytes(model)
     with saved:
         loss = task.loss(model, batch)
@@ -74,17 +73,13 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         raise TaskError(
             f"{name}.loss is {loss.item()} on the first batch, before any update: look at the data and the initial weights."
         )
-    writes = sorted(n for n, p in params.items() if not torch.equal(p, given[n]))
-    del given
     counts = task.num_examples(batch)
     if not counts > 0:
         raise TaskError(f"{name}.num_examples returned {counts} for the first batch: it must be positive.")
-    running = {
-        n
-        for n, b in model.named_buffers()
-        if n in before and (b._version != before[n][1] or not torch.equal(b, before[n][0]))
-    }
+    running = written(dict(model.named_buffers()), buffers_before)
     loss.backward()
+    writes = [f"{name}.loss writes to parameter {n}" for n in written(params, params_before)]
+    del params_before
     if all(p.grad is None for p in params.values()):
         raise TaskError(f"{name}.loss reaches no parameter of the model that it was given: compute it with that model.")
     sparse = {n for n, p in params.items() if p.grad is not None and p.grad.is_sparse}
@@ -98,9 +93,12 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
             "an optimizer that takes one gradient per step, such as SGD or AdamW."
         ) from error
     step_s = step_seconds(task, model, batch, optimizer) if getattr(pattern, "compress", None) == AUTO else 0.0
+    params_before = snapshot(params)
     with torch.no_grad():
         model.eval()
         sums = evaluate_batch(task, model, Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2))))
+    writes += [f"{name}.evaluate writes to parameter {n}" for n in written(params, params_before)]
+    del params_before
     shapes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
     totals = Totals(task, shapes)
     totals.add(sums)
@@ -130,12 +128,23 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         optimizer=type(optimizer).__name__,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
-        step_alone=f"{name}.loss writes to parameter {writes[0]}"
-        if writes
-        else shared_step.why_not(model, optimizer, bool(sparse)),
+        step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)
     return facts
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:
+    return {n: (t._version, t.detach().clone()) for n, t in tensors.items()}
+
+
+def written(tensors: Mapping[str, Tensor], before: Mapping[str, tuple[int, Tensor]]) -> list[str]:
+    """Those written to in place since: to the same values, too, but for writes through ``.data``, which no version counts."""
+    return [
+        n
+        for n, t in tensors.items()
+        if n in before and not (t._version == before[n][0] and torch.equal(t, before[n][1]))
+    ]
 
 
 def momentum_before(

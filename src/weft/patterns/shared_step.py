@@ -5,7 +5,8 @@ task's optimizer steps part r of the parameters in place; sync. So a worker does
 of its state (as ZeRO's first stage does, Rajbhandari et al. 2020), and no rank writes anything back to another.
 
 Between the two syncs parameters are written, each by one rank; at all other times all may read them, and nobody may
-write. A worker that dies in between leaves them half stepped: the second sync fails for all others, and nobody uses them.
+write: a task that does is told. A worker that dies in between leaves them half stepped: the second sync fails for all
+others, and nobody uses them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.comm.link import Link, tell_all
+from weft.errors import TaskError
 from weft.patterns.allreduce import LINE
 from weft.patterns.mean import JoinedMean
 from weft.patterns.optimizer_state import optimizer_state_by_name
@@ -56,7 +58,8 @@ def why_not(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) ->
     ):
         return "two parameters share their memory"
     if type(optimizer) not in ELEMENTWISE:
-        return f"{type(optimizer).__name__} is not known to treat each number by itself"
+        known = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+        return f"{type(optimizer).__name__} is not known to treat each number by itself, as torch's {known} are"
     hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     if any(hooks):
         return f"{type(optimizer).__name__} has hooks, which would see a part of the parameters only"
@@ -165,9 +168,29 @@ class SharedMean(JoinedMean):
         replica.optimizer_state = self.optimizer_state
         self.entries: dict[str, Entry] = {n: Dense(s.grad) for n, s in self.slices.items()}
         self.clips = [each for each in replica.chain if isinstance(each, ClipNorm)]
+        self.trained = list(replica.params.values())
+        #: These stay: the optimizer writes through ``slices``, whose versions are counted apart.
+        self.versions = [p._version for p in self.trained]
+        self.places = [p.data_ptr() for p in self.trained]
 
     def _make_arena(self) -> Arena:
         return SharedArena(self.replica.params, self.link)
+
+    def gradients(self, update: Update) -> Update:
+        if [p._version for p in self.trained] != self.versions:
+            self.check_task("loss")
+        return super().gradients(update)
+
+    def check_task(self, method: str) -> None:
+        """Before any is stepped again. What is written through ``p.data``, whose versions nobody counts, goes unseen; ``p.data``
+        set to other memory is seen at the next evaluation."""
+        kept = zip(self.replica.params.items(), self.versions, self.places, strict=True)
+        for (name, p), version, place in kept:
+            if p._version != version or p.data_ptr() != place:
+                raise TaskError(
+                    f"{type(self.replica.task).__name__}.{method} wrote to parameter {name!r} (or gave it other memory) while the other "
+                    "workers of this host read it, who have it in common: use -o shared_step=off, or write to a copy."
+                )
 
     def _combined(self, update: Update, correction: float, presence: list[float]) -> Update:
         """Of this rank's slices."""

@@ -328,6 +328,9 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
     def parameters(self, step: int) -> None:
         """After ``step`` updates."""
 
+    def check_task(self, method: str) -> None:
+        """The task's own code has run: raises if it wrote where other workers read."""
+
     def flush(self) -> None:
         """Bring replicas together before evaluating, saving and at the end."""
 
@@ -384,7 +387,9 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 
     def evaluate() -> dict[str, float]:
         exchange.flush()
-        return replica.evaluate()
+        metrics = replica.evaluate()
+        exchange.check_task("evaluate")
+        return metrics
 
     at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result

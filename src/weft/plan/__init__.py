@@ -17,7 +17,7 @@ class MemberPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
-    members: str  # "worker 0 -> worker 1", or "ring of 4 workers"
+    members: str  # "worker 0 -> worker 1", or "4 workers"
     carrier: str
     bytes_per_step: int  # sent by one member
     what: str  # "gradients (float32)"
