@@ -121,7 +121,7 @@ def test_between_processes_auto_is_told_what_has_no_momentum_to_take(tmp_path: P
     slow = [throttle(rank, 400_000) for rank in range(2)]
     auto = AllReduce(compress="auto")
     weft.run(WithoutMomentum("sgd"), auto, workers=2, steps=2, link="tcp", faults=slow, run_dir=tmp_path / "run")
-    assert "left out: SGD as the task sets it has no momentum" in plan_of(tmp_path / "run")["choices"]["compress"]
+    assert "left out: SGD has no momentum to take before it" in plan_of(tmp_path / "run")["choices"]["compress"]
 
 
 @pytest.mark.multiprocess

@@ -34,7 +34,7 @@ def main() -> None:
     left.set(xlabel="step", ylabel="held-out loss, nats per byte", title=f"codelm small, mean of {len(base)} seeds")
     left.legend(frameon=False, fontsize=9)
     right.axhline(0, color="#222222", linewidth=0.8)
-    right.set(xlabel="step", ylabel="%", title="Above the uncompressed run of the same seed; shaded: all seeds")
+    right.set(xlabel="step", ylabel="%", title="Above the uncompressed run of the same seed")
     for axes in (left, right):
         axes.grid(visible=True, color="#e5e5e5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
