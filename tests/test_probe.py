@@ -175,21 +175,30 @@ def test_what_cannot_be_probed_is_refused(
 needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible")
 
 
-@needs_hosts
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_hosts_at_100_mbit_are_found_to_be_so() -> None:
+def probe_two_hosts() -> Probe:
     with hosts(2, rate="100mbit") as pair:
         here, there = on_two_hosts(pair, ["-m", "weft", "probe", "--json", "--insecure"])
         (code, out, err), (other_code, other_out, other_err) = finished(here), finished(there)
         assert (code, other_code) == (0, 0), err + other_err
     told = json.loads((out.strip() or other_out.strip()).splitlines()[-1])
     assert "pays here" in told.pop("advice")
-    found = msgspec.convert(told, Probe)
-    assert_whole(found, 2)
-    for row in found.links:
-        assert row.bytes_per_s == pytest.approx(HUNDRED_MBIT, rel=0.1)
-    assert found.choice.compress != "none"
+    return msgspec.convert(told, Probe)
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_hosts_at_100_mbit_are_found_to_be_so() -> None:
+    """What else runs on the machine may spoil a measurement: one of three must be right."""
+    rates = []
+    for _ in range(3):
+        found = probe_two_hosts()
+        assert_whole(found, 2)
+        assert found.choice.compress != "none"
+        rates.append([row.bytes_per_s for row in found.links])
+        if rates[-1] == pytest.approx([HUNDRED_MBIT] * len(rates[-1]), rel=0.1):
+            return
+    pytest.fail(f"bytes per second of each link, three times: {rates}, and they are {HUNDRED_MBIT:g}")
 
 
 # -- --compress auto
