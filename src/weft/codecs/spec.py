@@ -29,7 +29,6 @@ class Choice:
     arguments: tuple[Argument, ...] = ()
     wants_momentum: bool = False  # it does better on momentum than on gradients (feedback.MomentumCorrection)
     needs_momentum: bool = False  # and is refused where none can be taken
-    warmup: float = 0.2  # the share of a run's exchanges in which it leaves out less (Codec.warm_up)
     biased: bool = True  # as the codec's own: it needs error feedback
     narrow: bool = False  # gradients may be beyond what it can hold
 
@@ -108,7 +107,7 @@ class Spec:
 
     def warmup(self, steps: int) -> int:
         """Exchanges until it leaves out as much as it was asked to, in a run of so many."""
-        return int(steps * self.arguments.get("warmup", self.choice.warmup))
+        return int(steps * self.arguments.get("warmup", WARMUP))
 
     @property
     def asks_for_warmup(self) -> bool:
@@ -128,6 +127,8 @@ def is_compressed(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and math.prod(shape) >= MIN_NUMEL
 
 
+#: The share of a run's exchanges in which a codec leaves out less (Codec.warm_up), if it has no argument for it.
+WARMUP = 0.2
 WARM_RATIO = 0.25  # of what would be sent whole, when a warm-up begins
 
 

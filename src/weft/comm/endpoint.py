@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from weft.comm import wire
-from weft.comm.link import DEADLINE_S, late_error
+from weft.comm.link import DEADLINE_S, late_error, name_ranks
 from weft.comm.wire import Head, Kind, Meta
 from weft.errors import CommError, DeadlineExceeded, Incompatible, PeerLost, from_wire, to_wire
 
@@ -306,9 +306,9 @@ class Endpoint(ABC):
                 raise lost.error
         if dead := [lost for lost in gone if not lost.left]:
             ranks = tuple(lost.peer for lost in dead)
-            raise PeerLost(f"{doing}: {name_ranks(ranks)} gone ({dead[0].reason})", ranks)
+            raise PeerLost(f"{doing}: {ranks_are(ranks)} gone ({dead[0].reason})", ranks)
         if left := tuple(lost.peer for lost in gone if lost.peer in needed):
-            raise PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
+            raise PeerLost(f"{doing}: {ranks_are(left)} gone (it closed its link while it was needed)", left)
 
     def _late(self, needed: Collection[int], watch: Collection[int], until: float, doing: object) -> DeadlineExceeded:
         silent = {p for p in watch if p in self.peers and self._heard.get(p, 0.0) < until - 4 * self._sign_every_s}
@@ -382,6 +382,6 @@ def error_in(goodbye: Head) -> CommError | None:
     return error if isinstance(error, CommError) else CommError(str(error))
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def ranks_are(ranks: Sequence[int]) -> str:
     """ "rank 2 is", "ranks 1, 3 are"."""
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+    return f"{name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'}"

@@ -24,13 +24,17 @@ DEADLINE_S = 60.0
 WORLD = "world"  # the name of the group of all members
 
 
+def name_ranks(ranks: Sequence[int]) -> str:
+    """ "rank 2", "ranks 1, 3"."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def late_error(
     ranks: Sequence[int], deadline_s: float, doing: object, why: str = "stopped, stuck, or much slower than the others"
 ) -> DeadlineExceeded:
     """What every carrier says of ``ranks`` that keep the others waiting."""
-    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     return DeadlineExceeded(
-        f"{who} did not come within {deadline_s:g} s to {doing}: {why}. See what it does, or allow a longer deadline",
+        f"{name_ranks(ranks)} did not come within {deadline_s:g} s to {doing}: {why}. See what it does, or allow a longer deadline",
         tuple(ranks),
     )
 

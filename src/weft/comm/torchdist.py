@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from weft.comm.endpoint import name_ranks
+from weft.comm.endpoint import ranks_are
 from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error
 from weft.comm.sites import call_site
 from weft.comm.wire import Meta
@@ -92,7 +92,7 @@ class TorchDistLink(Link):
             names = [self._store.get(f"process/{k}").decode() for k in range(self.world)]
         except RuntimeError as error:
             missing = tuple(k for k in range(self.world) if not self._store.check([f"process/{k}"]))
-            who = f"{name_ranks(missing)} not there" if missing else str(error)
+            who = f"{ranks_are(missing)} not there" if missing else str(error)
             raise DeadlineExceeded(
                 f"rank {self.rank} cannot join: {who} within {self.deadline_s:g} s", missing
             ) from error
@@ -254,7 +254,7 @@ class TorchDistLink(Link):
         for k in range(self.world):
             if k != self.rank and (text := self._noted("error", k)):
                 return _error_in(text)
-        return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead) if dead else None
+        return PeerLost(f"{doing}: {ranks_are(dead)} gone (the process has ended)", dead) if dead else None
 
     # The slot that begins every call
 
@@ -339,9 +339,9 @@ class TorchDistLink(Link):
             if told := [text for k in others if (text := self._noted("error", k))]:
                 return _error_in(told[0])
             if left := tuple(k for k in others if self._noted("left", k) is not None):
-                return PeerLost(f"{doing}: {name_ranks(left)} gone (it closed its link while it was needed)", left)
+                return PeerLost(f"{doing}: {ranks_are(left)} gone (it closed its link while it was needed)", left)
             if dead := tuple(k for k, state in states.items() if state in "XZ"):
-                return PeerLost(f"{doing}: {name_ranks(dead)} gone (the process has ended)", dead)
+                return PeerLost(f"{doing}: {ranks_are(dead)} gone (the process has ended)", dead)
             if stopped := tuple(k for k, state in states.items() if state == "T"):
                 return late_error(stopped, self.deadline_s, doing, "the process is stopped")
             missing = tuple(k for k in others if self._noted("failing", k) is None)
@@ -355,7 +355,7 @@ class TorchDistLink(Link):
                 f"{doing}: no rank is missing, and it did not end within {self.deadline_s:g} s ({error}). Allow a longer deadline"
             )
         return PeerLost(
-            f"{doing}: {f'{name_ranks(missing)} missing' if missing else 'no rank is missing'} ({error})", missing
+            f"{doing}: {f'{ranks_are(missing)} missing' if missing else 'no rank is missing'} ({error})", missing
         )
 
     def _note(self, what: str, text: str) -> None:

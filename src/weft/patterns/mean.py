@@ -61,7 +61,7 @@ class JoinedMean(Exchange):
         self.arena: Arena | None = None
         self.compress = compress
         self.took_momentum = False
-        self.narrow = parse(compress).choice.narrow if compress != NONE else False
+        self.narrow = compress != NONE and parse(compress).choice.narrow
         self.given: Update | None = None  # own gradients of the last step, if what carries them may overflow
         if link.world == 1:
             return

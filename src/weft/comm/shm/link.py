@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
-from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error
+from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error, name_ranks
 from weft.comm.shm.arrays import Array, arrays_of, flat_of, name_of, write_back
 from weft.comm.shm.plan import OUTSIDE, SCATTERED, CallsAgain, Kept, Plan, calls_again, make_plan
 from weft.comm.shm.region import (
@@ -452,7 +452,7 @@ class ShmLink(Link):
         return tuple(self._ids[rank] for rank in ranks)
 
     def _named(self, ranks: Sequence[int]) -> str:
-        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, self._members(ranks)))}"
+        return name_ranks(self._members(ranks))
 
     def _call_text(self) -> str:
         return f"call {self._calls + 1}, {self._now.text}"
