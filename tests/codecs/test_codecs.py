@@ -499,12 +499,12 @@ def test_the_ratio_falls_over_the_warm_up() -> None:
     dgc = MomentumCorrection(TopK(0.01), SGD, 10, [("x", torch.Size((1000,)))], torch.zeros(1000))
     sizes = [exchange_all([dgc.exchange(given_tensor(1000, k), Keys(5, k, 0), 1)]) for k in range(12)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 4 * 250 + 4 + 4, "values with offsets, a count, a scale"
+    assert sizes[:3] == [4 * kept + 4 + 4 for kept in (1000, 100, 50)], "values with offsets, a count, a scale"
     assert sizes[10] == sizes[11] == 4 * 10 + 4 + 4
 
 
 def test_the_rank_falls_over_the_warm_up_and_nothing_is_lost() -> None:
-    """From a quarter of each matrix's bytes; a matrix that begins whole is compressed when that becomes less."""
+    """From all; a matrix is compressed when that becomes less."""
     segments = [("w", torch.Size((60, 40))), ("narrow", torch.Size((40, 3))), ("b", torch.Size((7,)))]
     numel = 60 * 40 + 40 * 3 + 7
     feedback = build(parse("powersgd:2"), segments, torch.zeros(numel, dtype=torch.float64), warmup=10)
@@ -519,7 +519,7 @@ def test_the_rank_falls_over_the_warm_up_and_nothing_is_lost() -> None:
         left = torch.linalg.matrix_norm((before - joined)[:2400].view(60, 40))
         waits.append(float(left / torch.linalg.matrix_norm(before[:2400].view(60, 40))))
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] == 6 * (60 + 40) + 2 * (40 + 3) + 7
+    assert sizes[:2] == [60 * 40 + 40 * 3 + 7, 20 * (60 + 40) + 40 * 3 + 7]
     assert sizes[10] == sizes[11] == 2 * (60 + 40) + 2 * (40 + 3) + 7
     assert waits[0] < waits[-1]
 
@@ -574,11 +574,11 @@ def test_an_unknown_codec_names_the_nearest() -> None:
 
 
 def test_the_warm_up_can_be_set() -> None:
-    assert [parse(text).warmup(300) for text in ("powersgd:4", "powersgd:4:0", "powersgd:4:0.1")] == [150, 0, 30]
+    assert [parse(text).warmup(300) for text in ("powersgd:4", "powersgd:4:0", "powersgd:4:0.1")] == [240, 0, 30]
 
 
 def test_all_are_written_as_they_are_read() -> None:
     assert parse("topk:1e-2") == parse("topk:.01") == parse("topk:0.01")
     for text in (*SPECS, "dgc:0.01"):
-        assert str(parse(text)) in (text, f"{text}:127", f"{text}:fp16", f"{text}:0.5")
+        assert str(parse(text)) in (text, f"{text}:127", f"{text}:fp16", f"{text}:0.8")
     assert set(CODECS) == {parse(t).name for t in (*SPECS, "dgc:0.01")}

@@ -56,8 +56,7 @@ class Plain:
 class ErrorFeedback(Plain):
     """e + x is encoded; e keeps what that left out.
 
-    In the first ``warmup`` exchanges the codec leaves out less (Codec.warm_up), evenly by factors. What waits costs most while
-    the gradient still turns from step to step, and the learning rate is high.
+    In the first ``warmup`` exchanges the codec leaves out less (Codec.warm_up).
     """
 
     def __init__(self, codec: Codec, segments: Segments, like: Tensor, warmup: int = 0) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weft.codecs.base import Codec, Exchanging, Keys, Scratch, Segments, Sum
-from weft.codecs.spec import WARM_RATIO, warmed
+from weft.codecs.spec import warmed
 
 
 class Matrix(NamedTuple):
@@ -34,7 +34,7 @@ class PowerSgd(Codec):
     """``segments`` say which matrices the flat tensor holds: dim 0 against the others. What would not shrink goes whole.
 
     Both factors are kept with the short side first, P (r, n) and Q (r, m): BLAS is twice as quick on them. When the warm-up begins,
-    each matrix has the rank that takes a quarter of its bytes.
+    all are whole.
     """
 
     name = "powersgd"
@@ -63,13 +63,9 @@ class PowerSgd(Codec):
 
     def warm_up(self, done: float) -> None:
         """Where a rank falls, the rows of Q that stay are those of the largest norm: singular values, nearly."""
-        ranks = {}
-        for name, shape in self.segments:
-            rows = shape[0] if len(shape) > 1 else 1
-            quarter = WARM_RATIO * shape.numel() / max(1, rows + shape.numel() // max(rows, 1))
-            ranks[name] = round(warmed(quarter, self.rank, done))
+        rank = round(warmed(max(self.numel, self.rank), self.rank, done))
         before = list(self.matrices)
-        self._lay_out(ranks)
+        self._lay_out(dict.fromkeys((name for name, _ in self.segments), rank))
         if self._q is None or self.matrices == before:
             return
         old = dict(zip((m.name for m in before), self._each_q(self._q, before), strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.codecs.base import Codec, Keys, Scratch
-from weft.codecs.spec import WARM_RATIO, warmed
+from weft.codecs.spec import warmed
 
 BLOCK = 1 << 16  # offsets within it take 16 bits
 PIECE = 1 << 17  # values that are compared together: they and the answers stay in the cache
@@ -29,14 +29,14 @@ def num_kept(ratio: float, numel: int) -> int:
 
 
 class Sparsifier(Codec):
-    """It leaves values out, which then wait. Its ``ratio`` is 1/4 when the warm-up begins, and ``final_ratio`` after it."""
+    """It leaves values out, which then wait. Its ``ratio`` is 1 when the warm-up begins, and ``final_ratio`` after it."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio = self.final_ratio = ratio
         self._scratch = Scratch()
 
     def warm_up(self, done: float) -> None:
-        self.ratio = warmed(WARM_RATIO, self.final_ratio, done)
+        self.ratio = warmed(1.0, self.final_ratio, done)
 
 
 class TopK(Sparsifier):

@@ -80,10 +80,10 @@ CODECS: dict[str, Choice] = {
     "randomk": Choice("a RATIO of values at random, the same on all workers", (RATIO,), wants_momentum=True),
     "blocks": Choice("a RATIO of blocks of 256 values at random", (RATIO,), wants_momentum=True),
     "powersgd": Choice(
-        "each matrix as a product of two of rank RANK, to which it falls in the first WARMUP (0.5) of a run",
+        "each matrix as a product of two of rank RANK, to which it falls in the first WARMUP (0.8) of a run",
         (
             Argument("rank", "a whole number of 1 or more", whole_number, lambda n: n >= 1),
-            Argument("warmup", "0 to 1", number, lambda share: 0 <= share <= 1, 0.5),
+            Argument("warmup", "0 to 1", number, lambda share: 0 <= share <= 1, 0.8),
         ),
     ),
 }
@@ -129,14 +129,15 @@ def is_compressed(shape: Sequence[int]) -> bool:
 
 #: The share of a run's exchanges in which a codec leaves out less (Codec.warm_up), if it has no argument for it.
 WARMUP = 0.2
-WARM_RATIO = 0.25  # of what would be sent whole, when a warm-up begins
 
 
-def warmed(first: float, final: float, done: float) -> float:
-    """From ``first`` evenly (by factors) down to ``final``, as ``done`` goes from 0 to 1."""
-    if done >= 1 or final >= first:
-        return final
-    return float(first * (final / first) ** done)
+def warmed(whole: float, final: float, done: float) -> float:
+    """``final / done`` as ``done`` goes from 0 to 1, and ``whole`` at most: all at first, half too much at two thirds.
+
+    What waits costs most in the first steps, when the gradient still turns from one to the next and few of them count for much;
+    the whole of a warm-up costs 1 + log(whole / final) of its exchanges at ``final``.
+    """
+    return max(final, min(whole, final / done)) if 0 < done < 1 else (whole if done <= 0 else final)
 
 
 def usages(of_gradients: bool = True) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,13 +177,18 @@ def mean_bytes(codec: Codec, numel: int, itemsize: int, steps: int, warmup: int)
     final = codec.sums(numel, itemsize)
     if not warmup:
         return final
-    sizes = []
-    for k in range(0, warmup, -(-warmup // 100)):
+
+    def at(k: int) -> list[int]:
         codec.warm_up(k / warmup)
-        sizes.append(codec.sums(numel, itemsize))
+        return codec.sums(numel, itemsize)
+
+    # the later, the longer are the pieces: each counts with the mean of its first and its last exchange
+    bounds = sorted({*range(min(warmup, 20)), *(round(warmup ** (j / 100)) for j in range(100)), warmup})
+    total = [f * (steps - warmup) for f in final]
+    for begin, end in pairwise(bounds):
+        total = [t + (a + b) * (end - begin) / 2 for t, a, b in zip(total, at(begin), at(end - 1), strict=True)]
     codec.warm_up(1.0)
-    warm = [sum(size) / len(sizes) for size in zip(*sizes, strict=True)]
-    return [round((w * warmup + f * (steps - warmup)) / steps) for w, f in zip(warm, final, strict=True)]
+    return [round(t / steps) for t in total]
 
 
 def bytes_per_exchange(facts: Facts, spec: Spec, steps: int) -> tuple[list[int], list[int]]:
