@@ -27,8 +27,9 @@ from weft.errors import ConfigError, Incompatible, TaskError
 from weft.events import read_events
 from weft.patterns.allreduce import AllReduce
 from weft.patterns.base import Context, Resume
+from weft.patterns.elementwise import ELEMENTWISE, PER_PARAMETER, is_large
 from weft.patterns.preflight import preflight
-from weft.patterns.shared_step import ELEMENTWISE, PER_PARAMETER, SharedMean, cut, is_large
+from weft.patterns.shared_step import SharedMean, cut
 from weft.patterns.training import train
 from weft.testing.conformance import in_processes
 

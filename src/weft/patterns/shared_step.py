@@ -22,23 +22,13 @@ from torch import Tensor, nn
 from weft.comm.link import Link, tell_all
 from weft.errors import TaskError
 from weft.patterns.allreduce import LINE
+from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.mean import JoinedMean
 from weft.patterns.optimizer_state import optimizer_state_by_name
 from weft.patterns.training import Arena, Replica, flat_buffer
 from weft.update import ClipNorm, Dense, Entry, Update, norm
 
 BLOCK = 64 << 10  # elements that are added up before they leave the cache
-
-optim = torch.optim
-#: Their rules treat each number by itself, at every step; tests/patterns/test_shared_step.py holds them to it, to the bit.
-#: Trying out a few steps of an unknown optimizer would prove nothing: some begin to mix numbers (Shampoo, LAMB) or to
-#: quantise them in blocks (8-bit Adam) only later, or in large tensors. So it is exactly these, and no subclass.
-ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
-    *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax),
-    *(optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.ASGD, optim.Rprop),
-)
-#: What these keep once for a parameter. All else that they keep is as large as the parameter.
-PER_PARAMETER = frozenset({"step", "mu_product", "mu", "eta"})
 
 
 def why_not(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: bool) -> str:
@@ -237,10 +227,6 @@ TENSOR = "as large as the parameter"
 
 def cut(state: Mapping[str, Any], part: slice) -> dict[str, Any]:
     return {key: value.reshape(-1)[part].clone() if is_large(key, value) else value for key, value in state.items()}
-
-
-def is_large(key: str, value: Any) -> bool:
-    return isinstance(value, Tensor) and key not in PER_PARAMETER
 
 
 def described(state: Mapping[str, Any]) -> dict[str, Any]:
