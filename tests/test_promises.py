@@ -56,7 +56,7 @@ def test_patterns_and_tasks_tell_options_and_defaults() -> None:
     patterns, tasks = weft("patterns"), weft("tasks")
     for word in ("allreduce", "stable", "accumulate=1", "clip_norm"):
         assert word in patterns
-    for word in ("digits-mlp", "codelm", "size=small", "tiny|small|medium|wire", "fraud", "linear|mlp", "series"):
+    for word in ("digits-mlp", "codelm", "size=small", "tiny|small|medium|large|wire", "fraud", "linear|mlp", "series"):
         assert word in tasks
 
 

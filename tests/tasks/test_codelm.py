@@ -100,12 +100,24 @@ def test_the_note_is_the_entropy_of_the_held_out_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "num_parameters"), [("tiny", 260_736), ("small", 3_257_856), ("medium", 25_416_704), ("wire", 6_247_584)]
+    ("size", "num_parameters"),
+    [("tiny", 260_736), ("small", 3_257_856), ("medium", 25_416_704), ("large", 116_091_136), ("wire", 6_247_584)],
 )
 def test_number_of_parameters(size: str, num_parameters: int) -> None:
     with torch.device("meta"):
         model = ByteTransformer(*SHAPES[size])
     assert sum(p.numel() for p in model.parameters()) == num_parameters
+
+
+def test_layers_and_positions_can_be_chosen() -> None:
+    with torch.device("meta"):
+        plain, deep, rotary = (
+            CodeLM(size="tiny", **options).model() for options in ({}, {"layers": 5}, {"positions": "rotary"})
+        )
+    names = {n for n, _ in plain.named_parameters()}
+    assert len(plain.blocks) == 2
+    assert len(deep.blocks) == 5
+    assert {n for n, _ in rotary.named_parameters()} == names - {"position.weight"}
 
 
 def test_the_head_is_the_embedding_also_in_another_dtype() -> None:
@@ -160,6 +172,32 @@ def test_equals_torch_s_own_transformer() -> None:
         x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(16, dtype=torch.float64), is_causal=True)
     truth = F.layer_norm(x, (width,), model.norm.weight, model.norm.bias) @ model.embed.weight.T
     torch.testing.assert_close(model(tokens), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_rotary_is_a_turn_in_the_complex_plane_by_position() -> None:
+    """And so what a query and a key have in common depends on how far apart they stand alone."""
+    x = torch.randn(2, 3, 10, 8, dtype=torch.float64)
+    rates = 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    turn = torch.polar(torch.ones(10, 4, dtype=torch.float64), torch.arange(10, dtype=torch.float64)[:, None] * rates)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * turn
+    torch.testing.assert_close(codelm.rotated(x), torch.cat((turned.real, turned.imag), -1), rtol=0, atol=1e-14)
+    same = codelm.rotated(x[:, :, :1].expand(-1, -1, 10, -1))
+    scores = same @ same.mT
+    for distance in range(10):
+        diagonal = scores.diagonal(distance, dim1=-2, dim2=-1)
+        torch.testing.assert_close(diagonal, diagonal[..., :1].expand_as(diagonal), rtol=0, atol=1e-12)
+    assert (scores[..., 0, :] - scores[..., :1, 0]).abs().amax() > 0.1
+
+
+def test_with_rotary_positions_order_matters_and_no_byte_sees_later_ones() -> None:
+    torch.manual_seed(0)
+    model = CodeLM(size="tiny", positions="rotary").model().double()
+    tokens = torch.randint(256, (2, 200))  # longer than any window that it was made for
+    swapped = tokens.clone()
+    swapped[:, [3, 4]] = tokens[:, [4, 3]]
+    before, after = model(tokens), model(swapped)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert (before[:, 9:] - after[:, 9:]).abs().amax(2).gt(0).all()
 
 
 def test_initial_weights_are_those_of_gpt2() -> None:
@@ -257,7 +295,9 @@ def test_learns_more_than_how_often_each_byte_occurs() -> None:
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(UnknownName, match=r"'smal'.*Did you mean 'small'"):
         CodeLM(size="smal")  # type: ignore[arg-type]
-    for options in ({"seq_len": -1}, {"lr": 0}, {"test_windows": 0}):
+    with pytest.raises(UnknownName, match=r"'rotory'.*Did you mean 'rotary'"):
+        CodeLM(positions="rotory")  # type: ignore[arg-type]
+    for options in ({"seq_len": -1}, {"layers": -1}, {"lr": 0}, {"test_windows": 0}):
         with pytest.raises(ConfigError, match="give a positive number"):
             CodeLM(**options)
 

@@ -30,4 +30,5 @@ def test_every_entry_is_a_task_whose_options_are_explained(name: str) -> None:
 
 def test_options_come_as_text_from_the_command_line() -> None:
     task = construct(load_class(TASKS["codelm"].target), {"size": "tiny", "seq_len": "16", "lr": "0.01"}, "codelm")
-    assert vars(task) == {"size": "tiny", "seq_len": 16, "lr": 0.01, "test_windows": 256}
+    typed = {"size": "tiny", "layers": 2, "positions": "learned", "seq_len": 16, "lr": 0.01, "test_windows": 256}
+    assert vars(task) == typed

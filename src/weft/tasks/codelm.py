@@ -1,7 +1,7 @@
 """A byte-level language model on the source text of Python's own standard library, judged on packages it never saw.
 
-The transformer is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, the output head tied to the
-embedding. ``small`` takes about 0.3 s of one core for a step of 8 x 128 bytes.
+The transformer is GPT-2's (Radford et al. 2019): pre-norm blocks, the output head tied to the embedding, positions learned or
+rotary. ``small`` takes about 0.3 s of one core for a step of 8 x 128 bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ SHAPES = {
     "tiny": Shape(96, 2, 3, 128),  # 0.26M parameters
     "small": Shape(256, 4, 4, 128),  # 3.3M
     "medium": Shape(512, 8, 8, 128),  # 25M
+    "large": Shape(896, 12, 16, 128),  # 116M
     "wire": Shape(504, 2, 7, 16),  # 6.3M: 25 MB of float32 gradients, and few bytes of text to compute them from
 }
 
@@ -120,11 +121,31 @@ def entropy(counts: np.ndarray[Any, np.dtype[np.int64]]) -> float:
 
 # -- model
 
+LEARNED: Final = "learned"
+ROTARY: Final = "rotary"
+ROTARY_BASE = 10_000.0  # the longest wave is 2 pi times as many bytes
+
+
+@functools.lru_cache(maxsize=8)
+def angles(length: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of how far each pair of a head's numbers is turned at each position; (length, dim / 2) each."""
+    rates = ROTARY_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    turns = torch.arange(length, dtype=torch.float64)[:, None] * rates
+    return turns.cos().to(device, dtype), turns.sin().to(device, dtype)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Number k of a head and number k + dim / 2 are turned as a pair, by an angle that grows with the position, so that a query and a key
+    meet at an angle that says how far apart they stand (Su et al. 2021, 2104.09864). (..., T, dim) -> the same."""
+    cos, sin = angles(x.shape[-2], x.shape[-1], x.dtype, x.device)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, rotary: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.rotary = heads, rotary
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -132,6 +153,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            q, k = rotated(q), rotated(k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D / heads)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, d))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -139,11 +162,11 @@ class Block(nn.Module):
 
 
 class ByteTransformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, seq_len: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, seq_len: int, positions: str = LEARNED) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.position = nn.Embedding(seq_len, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.position = nn.Embedding(seq_len, width) if positions == LEARNED else None
+        self.blocks = nn.ModuleList(Block(width, heads, positions == ROTARY) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
@@ -159,8 +182,12 @@ class ByteTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, T) int64 -> logits (B, T, 256), T at most seq_len
-        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+    def forward(
+        self, tokens: Tensor
+    ) -> Tensor:  # (B, T) int64 -> logits (B, T, 256), T at most seq_len if positions are learned
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
@@ -176,9 +203,13 @@ class ByteLM(Task):
 
     defaults: ClassVar[Defaults] = Defaults(batch=16, epochs=None, steps=300)
 
-    size: Literal["tiny", "small", "medium", "wire"] = field(
+    size: Literal["tiny", "small", "medium", "large", "wire"] = field(
         default="small",
-        metadata={"doc": "0.26M, 3.3M, 25M parameters; wire: 6.3M, gradients of 25 MB for little compute"},
+        metadata={"doc": "0.26M, 3.3M, 25M, 116M parameters; wire: 6.3M, gradients of 25 MB for little compute"},
+    )
+    layers: int = field(default=0, metadata={"doc": "blocks of the transformer; 0: the size's own"})
+    positions: Literal["learned", "rotary"] = field(
+        default=LEARNED, metadata={"doc": "how the model knows where a byte stands"}
     )
     seq_len: int = field(default=0, metadata={"doc": "bytes that the model sees at once; 0: 128, for wire 16"})
     lr: float = field(
@@ -191,16 +222,20 @@ class ByteLM(Task):
     def __post_init__(self) -> None:
         if self.size not in SHAPES:
             raise UnknownName.of("size of the model", self.size, SHAPES)
-        if self.seq_len < 0:
-            raise ConfigError(
-                f"seq_len={self.seq_len} is not possible: give a positive number, or 0 for the size's own."
-            )
+        if self.positions not in (LEARNED, ROTARY):
+            raise UnknownName.of("kind of positions", self.positions, (LEARNED, ROTARY))
+        for name in ("seq_len", "layers"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name}={value} is not possible: give a positive number, or 0 for the size's own.")
         for name in ("lr", "test_windows"):
             check_positive(name, getattr(self, name))
         self.seq_len = self.seq_len or SHAPES[self.size].seq_len
+        self.layers = self.layers or SHAPES[self.size].layers
 
     def model(self) -> nn.Module:
-        return ByteTransformer(*SHAPES[self.size]._replace(seq_len=self.seq_len))
+        return ByteTransformer(
+            *SHAPES[self.size]._replace(layers=self.layers, seq_len=self.seq_len), positions=self.positions
+        )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Nats per byte. Windows are equally long: the mean over bytes is the mean over examples."""

@@ -18,7 +18,7 @@ from weft.data.formats import CHUNK, Windows
 from weft.data.shards import open_shard
 from weft.errors import DataError
 from weft.task import Defaults
-from weft.tasks.codelm import VOCABULARY, ByteLM, entropy
+from weft.tasks.codelm import LEARNED, VOCABULARY, ByteLM, entropy
 
 HELD_OUT = 10  # of each file the last one part in so many
 HELD_OUT_MAX = 16 << 20  # bytes of all files together: reading more would tell nothing new
@@ -34,12 +34,14 @@ class Text(ByteLM):
     def __init__(
         self,
         data: Annotated[str, "your text: a file, or a glob in quotes ('books/*.txt')"],
-        size: Literal["tiny", "small", "medium", "wire"] = "tiny",
+        size: Literal["tiny", "small", "medium", "large", "wire"] = "tiny",
+        layers: int = 0,
+        positions: Literal["learned", "rotary"] = LEARNED,
         seq_len: int = 0,
         lr: float = 3e-3,
         test_windows: int = 256,
     ) -> None:
-        super().__init__(size, seq_len, lr, test_windows)
+        super().__init__(size, layers, positions, seq_len, lr, test_windows)
         self.paths = data
 
     def data(self) -> tuple[Any, TensorDataset]:
