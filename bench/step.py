@@ -82,7 +82,9 @@ class Run(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short round of most of it, under a minute: shows that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round of most of it, under a minute: shows that it works"
+    )
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these figures alone")
     parser.add_argument("--rounds", type=int, help="repeats of everything (default 7; 1 with --quick)")
     parser.add_argument("--save", action="store_true", help="write bench/results/DATE-step-MACHINE.json and .md")

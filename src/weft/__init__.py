@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.patterns.allreduce import AllReduce as AllReduce
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
+    from weft.patterns.sharded import Sharded as Sharded
     from weft.task import Defaults as Defaults
     from weft.task import Task as Task
 
@@ -37,6 +38,7 @@ _HOMES = {
     "MemberFailed": "weft.errors",
     "Outer": "weft.patterns.local_sgd",
     "RunResult": "weft.driver",
+    "Sharded": "weft.patterns.sharded",
     "Task": "weft.task",
     "TaskError": "weft.errors",
     "Torchrun": "weft.clusters.torchrun",

@@ -126,8 +126,8 @@ def _check_balance(config: Config) -> None:
     if not registry.PATTERNS[config.pattern].balances:
         can = ", ".join(name for name, pattern in registry.PATTERNS.items() if pattern.balances)
         raise Incompatible(
-            f"balance 'auto' needs every worker's time at each step, and pattern {config.pattern!r} does not exchange at each "
-            f"step: use --pattern {can}, or leave --balance out."
+            f"balance 'auto' needs every worker's time at each step, which pattern {config.pattern!r} does not "
+            f"go by: use --pattern {can}, or leave --balance out."
         )
 
 

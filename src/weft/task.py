@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,6 +61,11 @@ class Task(ABC):
     ) -> torch.optim.lr_scheduler.LRScheduler | None:
         """A learning-rate schedule, stepped once after every update; None keeps the rate."""
         return None
+
+    def blocks(self, model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """The parts that a pattern that splits the model may take apart, in the order in which they compute: modules of ``model``, none
+        inside another. Without this method they are found: the children of the outermost ModuleLists and Sequentials."""
+        return ()
 
     #: Turns a list of examples into a batch; None is torch's default_collate.
     collate: Callable[[list[Any]], Any] | None = None

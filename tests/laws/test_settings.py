@@ -68,9 +68,10 @@ PATTERN_CHANGES = {
         "compress": "int8",
         "within": {"clip_norm": "0.01"},
     },
+    "sharded": {"replicas": 2, "reshard": "false", "accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"},
 }
 #: What a pattern needs so that it can run for BASE's few steps.
-PATTERN_BASE: dict[str, dict[str, Any]] = {"allreduce": {}, "localsgd": {"every": 4}}
+PATTERN_BASE: dict[str, dict[str, Any]] = {"allreduce": {}, "localsgd": {"every": 4}, "sharded": {}}
 
 
 class Plans:
@@ -125,11 +126,12 @@ def test_setting_is_seen(tmp_path: Path, base: Any, name: str) -> None:
 
 @pytest.mark.parametrize(("pattern", "option"), [(p, o) for p, options in PATTERN_CHANGES.items() for o in options])
 def test_pattern_option_is_seen(tmp_path: Path, pattern: str, option: str) -> None:
-    options = PATTERN_BASE[pattern]
-    as_it_was = outcome(tmp_path / "base", pattern=pattern, pattern_options=options)
+    options, place = PATTERN_BASE[pattern], {"cluster": "local"} if PATTERNS[pattern].splits else {}
+    as_it_was = outcome(tmp_path / "base", pattern=pattern, pattern_options=options, **place)
     changed = outcome(
-        tmp_path / "run", pattern=pattern, pattern_options=options | {option: PATTERN_CHANGES[pattern][option]}
+        tmp_path / "run", pattern=pattern, pattern_options=options | {option: PATTERN_CHANGES[pattern][option]}, **place
     )
+    assert not isinstance(as_it_was[0], type), "refused"
     assert changed != as_it_was
 
 

@@ -124,8 +124,9 @@ class MomentumCorrection(ErrorFeedback):
     is momentum, and does not come all at once on top of what the optimizer still remembers.
 
     Deep Gradient Compression (Lin et al. 2018, eq. 4 and 5), for any codec; for sign it is 1-bit Adam's order (Tang et al. 2021),
-    without its frozen variance. Where a value that had waited is sent, its momentum begins anew (momentum factor masking); the
-    paper masks all that is sent, which leaves no momentum at all where nothing waits. The optimizer must keep none of its own.
+    without its frozen variance. Where something of a value had waited as it is sent, its momentum begins anew (momentum factor
+    masking). The rounding of values sent as fp16 waits, too, so that of these nearly all begin anew, as in the paper; where nothing is
+    rounded and nothing waits, momentum is the optimizer's own. The optimizer must keep none of its own.
     """
 
     def __init__(self, codec: Codec, momentum: Momentum, warmup: int, segments: Segments, like: Tensor) -> None:

@@ -86,6 +86,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
         None  # its first moment, if it could as well be taken beforehand (preflight.momentum_before)
     )
     momentum_stays: str = ""  # why it could not, where there is none
+    blocks: dict[str, int] = {}  # bytes of each, for a pattern that takes the model apart (patterns/blocks.py)
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
@@ -201,6 +202,8 @@ class Pattern(ABC):
     nests: ClassVar[tuple[str, ...]] = ()  # options that are patterns themselves
     #: What `compress=auto` may become, the gentlest first: codecs whose learning is known to stay near that of whole gradients.
     auto_compress: ClassVar[tuple[str, ...]] = ()
+    #: It takes the model apart, and wants to know at which blocks it may (Facts.blocks).
+    splits: ClassVar[bool] = False
     #: Its exchange tells all ranks each one's seconds, so that shares may follow them (--balance auto).
     balances: ClassVar[bool] = False
 

@@ -158,7 +158,7 @@ class JoinedMean(Exchange):
         if math.isfinite(sum(losses)) and sum(weights) > 0:
             return
         step = self.replica.step
-        broken = [n for n, p in self.replica.params.items() if not torch.isfinite(p).all()]
+        broken = self.replica.broken()
         if broken and step > 0:
             why = (
                 f"the gradients of step {step} were finite and their sum was not, for compress={self.compress} overflows beyond 65504: "

@@ -24,6 +24,7 @@ from weft.errors import ConfigError, DataError, Incompatible, TaskError
 from weft.patterns import shared_step
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
+from weft.patterns.blocks import find_blocks
 from weft.patterns.compression import momentum_of, set_momentum
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.metrics import Totals, evaluate_batch
@@ -128,6 +129,9 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         optimizer=type(optimizer).__name__,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
+        blocks={n: sum(nbytes(p) for p in b.parameters()) for n, b in find_blocks(task, model).items()}
+        if pattern.splits
+        else {},
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)

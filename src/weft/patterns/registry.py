@@ -11,8 +11,9 @@ from weft.options import construct
 from weft.patterns.allreduce import AllReduce
 from weft.patterns.base import Pattern
 from weft.patterns.local_sgd import LocalSGD
+from weft.patterns.sharded import Sharded
 
-PATTERNS: dict[str, type[Pattern]] = {p.name: p for p in (AllReduce, LocalSGD)}
+PATTERNS: dict[str, type[Pattern]] = {p.name: p for p in (AllReduce, LocalSGD, Sharded)}
 
 
 def build(name: str, options: Mapping[str, Any]) -> Pattern:

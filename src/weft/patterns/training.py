@@ -91,6 +91,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 class Replica:
     """A whole model on one worker: its optimizer, schedule, place in the data."""
 
+    #: All workers take part in each forward and backward, those too that have no example left.
+    computes_jointly = False
+
     def __init__(
         self, ctx: Context, *, accumulate: int = 1, autocast: str = "none", chain: Sequence[Transform] = ()
     ) -> None:
@@ -101,7 +104,7 @@ class Replica:
         seed_everything(key_int(config.seed, "data"))
         train, test = task.data()
         seed_everything(key_int(config.seed, "init"))
-        self.model = task.model().to(ctx.device, dtype)
+        self.model = self._make_model(dtype)
         self.params = trainable(self.model)
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
         running = {b.name for b in ctx.facts.buffers if b.running}
@@ -142,8 +145,14 @@ class Replica:
             if ctx.resume.world == ctx.world:
                 set_host_state(state["host_random"][ctx.rank])
         else:
-            # same seed, same model: unless the task's own code differs between processes
-            ctx.link.broadcast([t.detach() for t in (*self.model.parameters(), *self.model.buffers())])
+            self._equalise()
+
+    def _make_model(self, dtype: torch.dtype) -> nn.Module:
+        return self.task.model().to(self.ctx.device, dtype)
+
+    def _equalise(self) -> None:
+        """Same seed, same model: unless the task's own code differs between processes."""
+        self.link.broadcast([t.detach() for t in (*self.model.parameters(), *self.model.buffers())])
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -169,13 +178,13 @@ class Replica:
         pieces = np.array_split(draw.indices, self.accumulate) if self.accumulate > 1 else [draw.indices]
         last = max((k for k, indices in enumerate(pieces) if len(indices)), default=0)
         for k, indices in enumerate(pieces):
-            if len(indices) == 0:
+            if len(indices) == 0 and not self.computes_jointly:
                 continue
             loading = time.perf_counter()
-            batch = self.feed.batch(indices)
+            batch = self.feed.batch(indices) if len(indices) else self._spare_batch()
             loaded = time.perf_counter()
             data_s += loaded - loading
-            n = self.task.num_examples(batch)
+            n = self.task.num_examples(batch) if len(indices) else 0.0
             with self.precision():
                 loss = self.task.loss(self.model, batch)
             check_loss(loss, self.task)
@@ -196,6 +205,14 @@ class Replica:
         r.data_s = data_s
         r.compute_s = time.perf_counter() - begun - data_s
         return update
+
+    def _spare_batch(self) -> Any:
+        """To compute with others who have examples, where there is none left."""
+        return self.test_batches(np.arange(min(2, self.num_test)))
+
+    def broken(self) -> list[str]:
+        """Parameters that hold what is no number. All ranks call together, and get the same."""
+        return [n for n, p in self.params.items() if not torch.isfinite(p).all()]
 
     def _collect(self, weight: float) -> Update:
         """Gradients where autograd put them. A parameter without one keeps None: zeros would make AdamW move it."""
@@ -263,15 +280,18 @@ class Replica:
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
         totals = Totals(self.task, ctx.facts.sums)
         mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
+        longest = math.ceil(self.num_test / ctx.world) if self.computes_jointly else len(mine)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
         try:
-            for start in range(0, len(mine), size):
-                batch = self.test_batches(mine[start : start + size])
+            for start in range(0, longest, size):
+                indices = mine[start : start + size]
+                batch = self.test_batches(indices) if len(indices) else self._spare_batch()
                 with self.precision():
                     parts = evaluate_batch(self.task, self.model, batch)
-                totals.add(parts)
+                if len(indices):
+                    totals.add(parts)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -283,12 +303,21 @@ class Replica:
         own = host_state().to(self.ctx.device)
         return {
             "host_random": [state.cpu() for state in self.link.all_gather(own)],  # by rank
-            "model": dict(self.model.state_dict()),
+            "model": self._model_state(),
             "optimizer": self.optimizer_state(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [t.state_dict() for t in self.chain],
             "stream": self.feed.stream_state(),
         }
+
+    def _model_state(self) -> dict[str, Any]:
+        return dict(self.model.state_dict())
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state)
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        load_optimizer_state_by_name(self.optimizer, self.params, state)
 
     def meta(self) -> dict[str, Any]:
         meta = {"sampler": self.feed.state_dict()}
@@ -296,12 +325,12 @@ class Replica:
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
+            self._load_model(state["model"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"the checkpoint is of another model: {error}. Resume with the task it was made by."
             ) from error
-        load_optimizer_state_by_name(self.optimizer, self.params, state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
         for transform, kept in zip(self.chain, state["chain"], strict=True):
