@@ -438,7 +438,8 @@ def end_to_end(worlds: Sequence[int], sides: Sequence[str], kept: Callable[..., 
             if side == DDP:
                 target = next(loss for step, _, loss in timed.marks if step == TARGET_STEP and loss is not None)
             say(describe(timed, target))
-        base = found[DDP].marks[-1][1]
+        base = found[DDP].seconds_to(target)  # held-out losses rise and fall: it may have been there before that step
+        assert base is not None
         for side, timed in found.items():
             seconds = timed.seconds_to(target)
             if not side.startswith("weft") or timed.failed or seconds is None:
