@@ -85,6 +85,10 @@ class Timed:
     def seconds_to(self, loss: float) -> float | None:
         return next((s for _, s, held_out in self.marks if held_out is not None and held_out <= loss), None)
 
+    def bytes_to(self, loss: float) -> float:
+        steps = next(step for step, _, held_out in self.marks if held_out is not None and held_out <= loss)
+        return self.bytes_per_step * (steps - 1)
+
     def step_s(self, after: int) -> float:
         """Median over steps later than ``after``; where several steps were told together, their mean."""
         told = [(step, s) for step, s, held_out in self.marks if held_out is None and step >= after]
@@ -449,7 +453,7 @@ def end_to_end(worlds: Sequence[int], sides: Sequence[str], kept: Callable[..., 
             if FP16 in found and (fp16 := found[FP16].seconds_to(target)) is not None:
                 figures[f"vs_fp16_{world}hosts{name}"] = round(fp16 / seconds, 2)
             if side == OURS:
-                ratios.append(found[DDP].sent / timed.sent)
+                ratios.append(found[DDP].bytes_to(target) / timed.bytes_to(target))
     if ratios:
         figures["bytes_ratio"] = round(min(ratios), 1)
     return figures
