@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weft.clusters.base import Session
     from weft.config import Config
 
-FIRST_WORD_S = 2.0  # rank 0's, before another rank tells of an error
+FIRST_WORD_S = 5.0  # rank 0's, before another rank tells of an error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -555,11 +555,16 @@ def _tell(error: WeftError) -> None:
 
     console = Console(stderr=True)
     if _follows():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(FIRST_WORD_S)
+        _let_speak()
         console.print(f"rank {os.environ.get('RANK', '?')}: ", end="")
     console.print(render_error(error), soft_wrap=True)
+
+
+def _let_speak() -> None:
+    """Rank 0: torchrun ends it when another process ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(FIRST_WORD_S)
 
 
 def main() -> None:
@@ -568,6 +573,8 @@ def main() -> None:
     except WeftError as error:
         if not error.told:
             _tell(error)
+        else:
+            _let_speak()
         if "--json" in sys.argv and not _follows():
             _print_json({"error": error.message, "kind": type(error).__name__})
         sys.exit(error.code)

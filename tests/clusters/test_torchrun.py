@@ -22,6 +22,7 @@ import torch
 from tests.laws.reference import distance
 
 import weft
+from weft.cli import FIRST_WORD_S
 from weft.clusters import pick_cluster
 from weft.clusters.torchrun import Place, differences
 from weft.compare import final_parameters
@@ -349,6 +350,7 @@ def test_a_worker_killed_on_one_host_is_named_on_the_other(tmp_path: Path) -> No
 PROGRAM = """
 import json, sys
 import weft
+from weft.cli import FIRST_WORD_S
 from weft.testing import delay, kill
 
 settings = json.loads(sys.argv[1])
@@ -541,3 +543,25 @@ def test_a_wrong_command_is_refused_once_and_in_words(tmp_path: Path, options: l
     assert err.count("error: ") == 1, err
     assert "{" not in out
     assert not any(tmp_path.glob("runs/*"))
+
+
+SLOW_OF_SPEECH = f"""
+import time
+from weft import cli
+from weft.report import terminal
+
+fast = terminal.render_error
+terminal.render_error = lambda error: (time.sleep({FIRST_WORD_S + 2}), fast(error))[1]
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_rank_0_says_why_though_the_others_ended_before_it_had(tmp_path: Path) -> None:
+    script = tmp_path / "slow_of_speech.py"
+    script.write_text(SLOW_OF_SPEECH)
+    code, _, err = finished(torchrun(str(script), "run", "digits-mlp", "--link", "shm", cwd=tmp_path))
+    assert code != 0
+    assert "\nerror: link 'shm' joins processes of one launcher" in err
+    assert "During handling" not in err, err

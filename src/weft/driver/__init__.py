@@ -275,6 +275,7 @@ def together(
             session.finish({"result": msgspec.to_builtins(result)})
             return result
     except BaseException as error:
+        interrupts.over = True  # the others end as soon as they hear of it, and then torchrun ends us
         session.finish({"error": to_wire(error)})
         raise
     with interrupts:

@@ -41,6 +41,7 @@ class Interrupts:
 
     ``lasting``: and goes on to do so, for a program that has nothing else to do but to say how it ended. ``once``: a second
     signal counts for nothing: torchrun passes on what the terminal has sent us already, and ends us itself in time.
+    ``over``: the run has ended, and what is left is to say how: no signal cuts that short.
     """
 
     def __init__(self, lasting: bool = False) -> None:
@@ -48,6 +49,7 @@ class Interrupts:
         self.once = False
         self.count = 0
         self.training = False
+        self.over = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -63,7 +65,7 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count = 1 if self.once else self.count + 1
-        if not self.training:
+        if not self.training and not self.over:
             raise Interrupted("stopped before training began: nothing was lost.")
 
 
