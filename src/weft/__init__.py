@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from weft.patterns.allreduce import AllReduce as AllReduce
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
+    from weft.patterns.mesh import Mesh as Mesh
     from weft.patterns.sharded import Sharded as Sharded
+    from weft.patterns.tensor import Tensor as Tensor
     from weft.task import Defaults as Defaults
     from weft.task import Task as Task
 
@@ -36,11 +38,13 @@ _HOMES = {
     "Local": "weft.clusters.local",
     "LocalSGD": "weft.patterns.local_sgd",
     "MemberFailed": "weft.errors",
+    "Mesh": "weft.patterns.mesh",
     "Outer": "weft.patterns.local_sgd",
     "RunResult": "weft.driver",
     "Sharded": "weft.patterns.sharded",
     "Task": "weft.task",
     "TaskError": "weft.errors",
+    "Tensor": "weft.patterns.tensor",
     "Torchrun": "weft.clusters.torchrun",
     "WeftError": "weft.errors",
     "resume": "weft.driver",

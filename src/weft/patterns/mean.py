@@ -111,7 +111,7 @@ class JoinedMean(Exchange):
             self.presence[[self.position[n] for n in update.entries]] = 1.0
         staged = self.running.stage(update.weight / replica.joined)
 
-        self.arena.all_reduce(self.link, [*staged, self.tail], replica.step)
+        self._exchange([*staged, self.tail])
 
         weights, losses, stops, seconds = self.rows.T.tolist()
         replica.report.losses, replica.report.weights = losses, weights
@@ -131,6 +131,10 @@ class JoinedMean(Exchange):
         self.running.take(correction)
         self.given = update if self.narrow else None
         return self._combined(update, correction, present)
+
+    def _exchange(self, beside: list[Tensor]) -> None:
+        assert self.arena is not None
+        self.arena.all_reduce(self.link, beside, self.replica.step)
 
     def _fill_arena(self, update: Update) -> None:
         """A parameter that this rank's examples did not touch adds nothing to the sum."""

@@ -100,6 +100,7 @@ class Replica:
         config, task = ctx.config, ctx.task
         self.ctx, self.task, self.link, self.chain = ctx, task, ctx.link, list(chain)
         self.accumulate = accumulate
+        self.share, self.shares = ctx.pattern.share_of(ctx.rank, ctx.world), ctx.pattern.shares(ctx.world)
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         seed_everything(key_int(config.seed, "data"))
         train, test = task.data()
@@ -124,13 +125,13 @@ class Replica:
         self.balancer: Balancer | None = None
         if config.balance == "auto":
             # BatchNorm needs two examples to normalise by, and some more to do it well
-            least = max(2, config.batch // ctx.world // 4) if self.running else 1
-            self.balancer = Balancer(config.batch, ctx.world, least)
+            least = max(2, config.batch // self.shares // 4) if self.running else 1
+            self.balancer = Balancer(config.batch, self.shares, least)
         self.seed = config.seed
-        self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
+        self.step_seed = key_int(config.seed, "step", self.share) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
         self.step = 0
-        self.averaged_over = ctx.world  # ranks whose gradients will be joined
+        self.averaged_over = self.shares  # shares whose gradients will be joined
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
         self.epoch_ended = False
         self.report = StepReport()
@@ -138,7 +139,7 @@ class Replica:
         self.applied_s = 0.0  # what the last ``apply`` took
         self.spans = ctx.spans
         self.before_last_backward: Callable[[], None] | None = None  # of a step: from then on its gradients are whole
-        seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
+        seed_everything(key_int(config.seed, "worker", self.share, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             state = ctx.resume.parts[FIRST_PART]
             self.load(state, ctx.resume.meta)
@@ -170,7 +171,7 @@ class Replica:
         if self.averaged_over == 1:
             self.joined = float(len(draw.indices))
         else:
-            self.joined = draw.total * (self.averaged_over / self.ctx.world)
+            self.joined = draw.total * (self.averaged_over / self.shares)
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
             p.grad = None
@@ -186,7 +187,7 @@ class Replica:
             data_s += loaded - loading
             n = self.task.num_examples(batch) if len(indices) else 0.0
             with self.precision():
-                loss = self.task.loss(self.model, batch)
+                loss = self._loss(batch)
             check_loss(loss, self.task)
             share = n / self.joined
             if spans is not None:
@@ -205,6 +206,12 @@ class Replica:
         r.data_s = data_s
         r.compute_s = time.perf_counter() - begun - data_s
         return update
+
+    def _loss(self, batch: Any) -> Tensor:
+        return self.task.loss(self.model, batch)
+
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+        return evaluate_batch(self.task, self.model, batch)
 
     def _spare_batch(self) -> Any:
         """To compute with others who have examples, where there is none left."""
@@ -277,10 +284,10 @@ class Replica:
         """Held-out metrics over all ranks, the same numbers on each."""
         ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
-        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
+        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / self.shares / self.accumulate))
         totals = Totals(self.task, ctx.facts.sums)
-        mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
-        longest = math.ceil(self.num_test / ctx.world) if self.computes_jointly else len(mine)
+        mine = own_share(self.num_test, self.share, self.shares, neighbours="held-out" in ctx.facts.indexes)
+        longest = math.ceil(self.num_test / self.shares) if self.computes_jointly else len(mine)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
@@ -289,7 +296,7 @@ class Replica:
                 indices = mine[start : start + size]
                 batch = self.test_batches(indices) if len(indices) else self._spare_batch()
                 with self.precision():
-                    parts = evaluate_batch(self.task, self.model, batch)
+                    parts = self._evaluate(batch)
                 if len(indices):
                     totals.add(parts)
         finally:

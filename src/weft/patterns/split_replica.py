@@ -1,29 +1,32 @@
-"""What Sharded does with a model: torch's fully_shard (FSDP2) over the task's blocks, on Weft's links.
+"""A worker that holds a part of a model: what torch makes of it, on Weft's links, inside the one training loop.
 
-A worker holds a part of each parameter, of its gradient and of the optimizer's state. A block's other parts are gathered as its turn
-comes, forward and backward, and let go after it; its gradients are added up where they belong (Rajbhandari et al. 2020, stage 3;
-Zhao et al. 2023, 2304.11277).
+First tensors are cut (``tensors``), then what is left of each is spread (fully_shard over the task's blocks: FSDP2; Rajbhandari et al. 2020,
+stage 3; Zhao et al. 2023, 2304.11277). Both give DTensors. Gradients come out summed over these axes; those of copies of a part are joined over
+the axis ``data``, once a step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
+from weft.comm.link import Link, SoloLink
 from weft.comm.torch_backend import process_groups
+from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
+from weft.patterns.layout import AXES, DATA, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
-from weft.patterns.sharded import ACROSS, SHARD, Sharded
+from weft.patterns.split import SplitPattern
 from weft.patterns.training import Arena, Replica
 from weft.update import ClipNorm, Dense, Update, norm
 
@@ -31,13 +34,17 @@ if TYPE_CHECKING:
     from weft.patterns.base import Context
 
 
-class ShardedReplica(Replica):
-    """``params`` and all that belongs to them are DTensors: torch's optimizers take them as they are."""
+class SplitReplica(Replica):
+    """``params`` and all that belongs to them are DTensors where they are cut: torch's optimizers take them as they are."""
 
     computes_jointly = True
 
-    def __init__(self, ctx: Context, pattern: Sharded, **settings: Any) -> None:
+    def __init__(self, ctx: Context, pattern: SplitPattern, **settings: Any) -> None:
         self.pattern = pattern
+        self.layout = pattern.layout(ctx.world)
+        self.place = self.layout.place(ctx.rank)
+        #: Of the workers that draw the same share, the one that tells of it.
+        self.tells = self.place[TENSOR] == 0
         self.at_end = ExitStack()
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
@@ -63,37 +70,73 @@ class ShardedReplica(Replica):
             }
         self.stepped = self.parts
 
+    def link_on(self, axis: str) -> Link:
+        """Of those that differ from this worker in their place on ``axis`` alone."""
+        size = getattr(self.layout, axis)
+        return SoloLink() if size == 1 else self.link if size == self.ctx.world else self.ctx.groups[axis]
+
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
         model = super()._make_model(dtype)
         if self.ctx.resume is None:
             self.link.broadcast([t.detach() for t in (*model.parameters(), *model.buffers())])
         if self.link.world == 1:
             return model
+        mesh = self._make_mesh()
+        if self.layout.tensor > 1:
+            assert self.ctx.facts.tensor is not None
+            tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR])
+        if self.layout.sharded > 1:
+            self._shard(model, mesh[SHARDED])
+        return model
+
+    def _make_mesh(self) -> DeviceMesh:
+        rank = self.ctx.rank
+        axes = [axis for axis in AXES if getattr(self.layout, axis) > 1]
         groups = {
-            ranks: self.ctx.groups[name] for name, ranks in self.pattern.own_groups(self.ctx.rank, self.ctx.world)
+            next(ranks for ranks in self.layout.groups(axis) if rank in ranks): self.link_on(axis) for axis in axes
         }
         self.at_end.enter_context(process_groups(self.link, groups))
-        shape = (self.pattern.replicas, self.ctx.world // self.pattern.replicas)
-        names = (ACROSS, SHARD)
-        mesh = (
-            init_device_mesh("cpu", shape, mesh_dim_names=names) if shape[0] > 1 else init_device_mesh("cpu", shape[1:])
-        )
+        return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
+
+    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
         for block in find_blocks(self.task, model).values():
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.reshard)
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # each worker's gradient is its share of the joined mean's: they are added up, not averaged
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        return model
 
     def gradients(self) -> Update:
         """What was exchanged meanwhile is no computing."""
         before = self._seconds_in_links()
-        update = super().gradients()
+        with self._cut():
+            update = super().gradients()
         self.report.compute_s -= self._seconds_in_links() - before
+        if not self.tells:
+            update.weight, self.report.losses, self.report.weights = 0.0, [0.0], [0.0]
         return update
+
+    def _cut(self) -> AbstractContextManager[Any]:
+        """Around what computes with tensors that are cut, forward and backward."""
+        return tensors.computing(self.ctx.facts.tensor) if self.layout.tensor > 1 else nullcontext()
+
+    def _loss(self, batch: Any) -> Tensor:
+        return whole(super()._loss(batch))
+
+    def evaluate(self) -> dict[str, float]:
+        with self._cut():
+            return super().evaluate()
+
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+        parts = super()._evaluate(batch)
+        # what all who draw this share have computed counts once
+        return {n: (whole(total), count) for n, (total, count) in parts.items()} if self.tells else self._nothing(parts)
+
+    @staticmethod
+    def _nothing(parts: Mapping[str, tuple[float | Tensor, float]]) -> dict[str, tuple[float | Tensor, float]]:
+        return {n: (torch.zeros_like(whole(cast(Tensor, total))), 0.0) for n, (total, _) in parts.items()}
 
     def _seconds_in_links(self) -> float:
         links = (self.link, *self.ctx.groups.values())
@@ -116,9 +159,9 @@ class ShardedReplica(Replica):
         """On rank 0, one at a time; the other ranks keep none."""
         result = {}
         for name, value in tensors.items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            all_of_it = whole(value)
             if self.link.rank == 0:
-                result[name] = whole
+                result[name] = all_of_it
         return result
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -157,25 +200,45 @@ class ShardedReplica(Replica):
 
 
 class SplitMean(JoinedMean):
-    """Gradients are added up where they are made, in backward; what is left to exchange is what all must agree on."""
+    """Gradients of parts are added up where they are made, in backward. What is left to exchange: those of copies of a part, and what all must
+    agree on."""
 
-    replica: ShardedReplica
+    replica: SplitReplica
+
+    def __init__(self, replica: SplitReplica) -> None:
+        self.copies = replica.link_on(DATA)
+        super().__init__(replica, replica.link)
 
     def _make_arena(self) -> Arena:
-        return Arena({}, self.link)
+        held = {n: local(p.detach()) for n, p in self.replica.params.items()} if self.copies.world > 1 else {}
+        return Arena(cast(Any, held), self.copies)
+
+    def _fill_arena(self, update: Update) -> None:
+        super()._fill_arena(Update({n: Dense(local(t)) for n, t in named(update)}, update.weight))
+
+    def _exchange(self, beside: list[Tensor]) -> None:
+        assert self.arena is not None
+        self.link.all_reduce(beside)
+        if self.copies.world > 1:
+            self.arena.all_reduce(self.copies, [], self.replica.step)
 
     def _combined(self, update: Update, correction: float, presence: list[float]) -> Update:
-        tensors = update.tensors()
-        if correction != 1.0 and tensors:
-            torch._foreach_mul_(tensors, correction)
-        for clip in self.replica.chain:
-            if isinstance(clip, ClipNorm):
-                clip.norm = self._norm(tensors)
-        for name, part in self.replica.parts.items():
+        assert self.arena is not None
+        replica, views = self.replica, self.arena.views
+        grads: dict[str, Tensor] = {}
+        for (name, p), present in zip(replica.params.items(), presence, strict=True):
+            if not present:
+                continue
             entry = update.entries.get(name)
-            part.grad = local(entry.tensor) if isinstance(entry, Dense) else None
-        update.weight = sum(self.replica.report.weights)
-        return update
+            own = entry.tensor if isinstance(entry, Dense) else placed(torch.zeros_like(local(p)), p)
+            grads[name] = placed(views[name], own) if views else own
+        if correction != 1.0 and not views:
+            torch._foreach_mul_([local(grad) for grad in grads.values()], correction)
+        for clip in replica.chain:
+            if isinstance(clip, ClipNorm):
+                clip.norm = self._norm(grads.values())
+        stepped = {n: Dense(local(grad) if replica.parts else grad) for n, grad in grads.items()}
+        return Update(cast(Any, stepped), sum(replica.report.weights), update.version)
 
     def _norm(self, tensors: Iterable[Tensor]) -> float:
         """Of the whole gradient, of which each rank holds a part; what several hold counts once."""
@@ -188,6 +251,10 @@ class SplitMean(JoinedMean):
         self.replica.at_end.close()
 
 
+def named(update: Update) -> Iterable[tuple[str, Tensor]]:
+    return ((n, entry.tensor) for n, entry in update.entries.items() if isinstance(entry, Dense))
+
+
 # -- DTensors
 
 
@@ -195,30 +262,45 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Any) -> Any:
+    """All ranks that hold parts of it call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def copies(tensor: Tensor, world: int) -> int:
     """How many of ``world`` ranks hold the same part of it."""
     if not isinstance(tensor, DTensor):
         return world
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if isinstance(placement, Replicate))
+    return world // math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def placed(part: Tensor, like: Tensor) -> Tensor:
     """This worker's ``part`` of something that is laid out as ``like`` is."""
     if not isinstance(like, DTensor):
         return part
-    whole = DTensor.from_local(
+    result = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return cast(Tensor, whole)
+    return cast(Tensor, result)
 
 
 def is_like(value: Any, param: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == param.shape and value.dim() > 0
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """Laid out as ``like`` is, by each rank from what it has: nothing travels."""
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this rank keeps of it, laid out as ``like`` is; nothing travels."""
     if not isinstance(like, DTensor):
-        return whole
-    return cast(Tensor, distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+        return tensor
+    part = tensor
+    at = like.device_mesh.get_coordinate()
+    assert at is not None
+    # the inner axes first: what is left after a cut is what the outer axes spread
+    for axis in reversed(range(like.device_mesh.ndim)):
+        placement = like.placements[axis]
+        if placement.is_shard():
+            dim, size = cast(Shard, placement).dim, like.device_mesh.size(axis)
+            chunks = part.chunk(size, dim)
+            part = chunks[at[axis]] if at[axis] < len(chunks) else part.narrow(dim, 0, 0)
+    return placed(part.contiguous(), like)
