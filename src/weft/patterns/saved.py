@@ -25,6 +25,8 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def own(tensor: Any) -> Tensor:
-    """Of a DTensor, this worker's part."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """Of a DTensor, this worker's part; of what torch has exchanged and wrapped, what came."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    part: Tensor = tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor
     return part

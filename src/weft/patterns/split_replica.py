@@ -272,7 +272,7 @@ def copies(tensor: Tensor, world: int) -> int:
     if not isinstance(tensor, DTensor):
         return world
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return world // math.prod(size for size, placement in sizes if placement.is_shard())
+    return world // math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def placed(part: Tensor, like: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     # the inner axes first: what is left after a cut is what the outer axes spread
     for axis in reversed(range(like.device_mesh.ndim)):
         placement = like.placements[axis]
-        if placement.is_shard():
+        if not placement.is_replicate():  # torch's strided shard does not call itself one
             dim, size = cast(Shard, placement).dim, like.device_mesh.size(axis)
             chunks = part.chunk(size, dim)
             part = chunks[at[axis]] if at[axis] < len(chunks) else part.narrow(dim, 0, 0)

@@ -106,7 +106,7 @@ def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     at = given.device_mesh.get_coordinate()
     for axis in reversed(range(given.device_mesh.ndim)):
         placement = given.placements[axis]
-        if placement.is_shard():
+        if not placement.is_replicate():
             part = part.chunk(given.device_mesh.size(axis), placement.dim)[at[axis]]
     given.to_local().copy_(part)
     return given
@@ -152,17 +152,18 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
     pairs = find_pairs(calls)
     styles = {}
     facts: TensorFacts | None = None
-    verdicts: dict[tuple[str, ...], str] = {}
+    exchanges: dict[tuple[str, ...], int] = {}
     for pair in pairs:
         kind = tuple(without_numbers(name) for name in pair.styles)  # of blocks that repeat, one is tried
-        if kind not in verdicts:
-            verdicts[kind] = what_hinders(task, model, batch, pair, degree)
-        if verdicts[kind]:
-            raise Incompatible(
-                f"tensor={degree} cannot cut {pair}: {verdicts[kind]}. Use another degree, change the model, or say what to cut by the task's "
-                "tensor_plan(model)."
-            )
-        styles |= pair.styles
+        if kind not in exchanges:
+            exchanges[kind] = try_out(task, model, batch, pair, degree)
+        if exchanges[kind] > (
+            needed := 1 + len(pair.columns)
+        ):  # of what the row makes; backward, of what each column was given
+            why = f"what lies between them needs all of it: {exchanges[kind]} exchanges instead of {needed}"
+            left |= dict.fromkeys(pair.styles, why)
+        else:
+            styles |= pair.styles
     ends, why = find_ends(task, model, batch, calls, degree)
     left |= why
     if not styles and not ends:
@@ -274,23 +275,22 @@ def fits(made: Sequence[int], taken: int) -> bool:
     return taken == max(made) if len(made) > 1 else made[0] in [k * taken for k in FUSED]
 
 
-def what_hinders(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -> str:
+def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -> int:
+    """Exchanges of a step in which this pair alone is cut. Incompatible where it cannot be."""
     modules = dict(model.named_modules())
+    cure = "Use another degree, change the model, or say what to cut by the task's tensor_plan(model)."
     for name, style in pair.styles.items():
         if why := indivisible(modules[name], style, degree):
-            return why
+            raise Incompatible(f"tensor={degree} cannot cut {pair}: of {name}, {why}. {cure}")
     try:
-        found = rehearse(task, model, batch, pair.styles, degree, {})
+        return rehearse(task, model, batch, pair.styles, degree, {}).exchanges
     except WeftError:
         raise
     except Exception as error:  # whatever DTensor makes of the code between them
-        return f"the code between them needs all of it ({one_line(error)}). Heads must be divisible by {degree} and lie in one piece each"
-    if found.exchanges > 2:
-        return (
-            f"the code between them needs all of it ({found.exchanges} exchanges instead of 2). Heads must be divisible by {degree} and lie in one "
-            "piece each: (heads, 3, width), not (3, heads, width)"
-        )
-    return ""
+        raise Incompatible(
+            f"tensor={degree} cannot cut {pair}: heads must be divisible by {degree}, and what belongs to a head lie together, as by "
+            f".view(..., heads, 3, width) and not (..., 3, heads, width). torch says of the code between them: {one_line(error)} {cure}"
+        ) from error
 
 
 def find_ends(
