@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
     from weft.patterns.mesh import Mesh as Mesh
+    from weft.patterns.pipeline import Pipeline as Pipeline
     from weft.patterns.sharded import Sharded as Sharded
     from weft.patterns.tensor import Tensor as Tensor
     from weft.task import Defaults as Defaults
@@ -40,6 +41,7 @@ _HOMES = {
     "MemberFailed": "weft.errors",
     "Mesh": "weft.patterns.mesh",
     "Outer": "weft.patterns.local_sgd",
+    "Pipeline": "weft.patterns.pipeline",
     "RunResult": "weft.driver",
     "Sharded": "weft.patterns.sharded",
     "Task": "weft.task",

@@ -89,6 +89,28 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
         return result + [f"whole on every worker: {summed_up(names)} ({why})" for why, names in reasons.items()]
 
 
+class ItemFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What a part of a model between two possible cuts takes for one micro-batch."""
+
+    name: str
+    forward_s: float
+    input_gradient_s: float
+    weight_gradient_s: float
+    output_bytes: int
+    activation_bytes: int
+
+
+class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model can be cut into stages (patterns/stages.py)."""
+
+    items: list[ItemFact]
+    uses: dict[str, list[int]]  # at which items each parameter and buffer is used
+    made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
+    examples: int  # of a micro-batch as it was measured
+    microbatches: int = 0  # of a share
+    cores: int = 1  # of the host that measured
+
+
 def summed_up(names: Iterable[str]) -> str:
     """ "blocks.*.up, blocks.*.down": names that differ in their numbers alone, once."""
     return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
@@ -122,6 +144,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     momentum_stays: str = ""  # why it could not, where there is none
     blocks: dict[str, int] = {}  # bytes of each, for a pattern that takes the model apart (patterns/blocks.py)
     tensor: TensorFacts | None = None  # of a pattern that cuts tensors
+    pipeline: PipelineFacts | None = None  # of a pattern that cuts the model into stages
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
@@ -256,8 +279,9 @@ class Pattern(ABC):
         """Which share this worker draws."""
         return rank
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Any, config: Config) -> dict[str, Any]:
-        """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one share. Called in a throw-away process."""
+    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+        """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. Called in a
+        throw-away process."""
         return {}
 
     def check(self, facts: Facts, config: Config) -> None:

@@ -57,7 +57,7 @@ class JoinedMean(Exchange):
     def __init__(self, replica: Replica, link: Link, ranks: Sequence[int] | None = None, compress: str = NONE) -> None:
         self.replica, self.link = replica, link
         self.ranks = ranks or range(link.world)
-        self.position = {name: k for k, name in enumerate(replica.params)}
+        self.position = {name: k for k, name in enumerate(replica.names)}
         self.arena: Arena | None = None
         self.compress = compress
         self.took_momentum = False

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from weft.patterns.layout import Layout
+from weft.errors import Incompatible
+from weft.patterns.layout import AXES, Layout
+from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
 
 
@@ -29,19 +31,39 @@ class Mesh(SplitPattern):
 
     data: int = field(default=1, metadata={"doc": "copies of the model"})
     tensor: int = field(default=1, metadata={"doc": "workers that hold each tensor together, side by side in a host"})
+    pipeline: int = field(default=1, metadata={"doc": "workers in a row of stages"})
     sharded: int = field(default=1, metadata={"doc": "workers over which every parameter is spread"})
     reshard: bool = field(
         default=True,
         metadata={"doc": "with sharded: let a block go between forward and backward: less memory, more travels"},
     )
 
+    schedule: str = field(default="auto", metadata=SCHEDULE)
+    microbatches: int = field(default=0, metadata=MICROBATCHES)
+    stages_per_worker: int = field(default=0, metadata=PER_WORKER)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for axis in ("data", "tensor", "sharded"):
+        for axis in AXES:
             self._at_least_one(axis, "nothing on this axis")
+        if self.pipeline > 1:
+            check_pipelined(self.pipelined, self.accumulate)
+        elif self.pipelined != Pipelined():
+            raise Incompatible(
+                "schedule, microbatches and stages_per_worker are of a pipeline: add -o pipeline=2, or leave them out."
+            )
+        if self.pipeline > 1 and self.sharded > 1:
+            raise Incompatible(
+                f"pipeline={self.pipeline} with sharded={self.sharded}: a stage's blocks would be gathered anew for each micro-batch. Use data= beside "
+                "pipeline=, or sharded= with tensor=."
+            )
+
+    @property
+    def pipelined(self) -> Pipelined:
+        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker)
 
     def layout(self, workers: int) -> Layout:
-        layout = Layout(data=self.data, sharded=self.sharded, tensor=self.tensor)
+        layout = Layout(self.data, self.pipeline, self.sharded, self.tensor)
         layout.check(workers)
         return layout
 

@@ -60,11 +60,13 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
 
     share = -(-config.batch // pattern.shares(config.workers))
     batches = Batches(data.train, task, device, dtype)
-    batch = (
-        batches(np.arange(min(data.num_train or share, share)))
-        if data.first is None
-        else batches.of(data.first[:share])
-    )
+
+    def batch_of(examples: int) -> Any:
+        if data.first is None:
+            return batches(np.arange(min(data.num_train or examples, examples)))
+        return batches.of(data.first[:examples])
+
+    batch = batch_of(share)
     buffers_before, params_before = snapshot(dict(model.named_buffers())), snapshot(params)
     saved = SavedBytes(model)
     with saved:
@@ -129,7 +131,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         optimizer=type(optimizer).__name__,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
-        **pattern.learn(task, model, batch, config),
+        **pattern.learn(task, model, batch_of, config),
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)

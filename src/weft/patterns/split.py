@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +16,9 @@ from weft.comm.link import WORLD
 from weft.cost import all_gather_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Facts, Group, ParamFact, Pattern, Role, tail_numel
-from weft.patterns.layout import AXES, DATA, SHARDED, TENSOR, Layout
+from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
+from weft.patterns.pipelined import Chosen, Pipelined, channel_name, choose, num_microbatches, sent_bytes
+from weft.pipelines.channels import channel_order
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from weft.patterns.base import Context
     from weft.patterns.training import Exchange, Replica
     from weft.task import Task
+
+
+def summed_up_range(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,15 @@ class SplitPattern(Pattern):
         return True
 
     @property
+    def pipelined(self) -> Pipelined:
+        return Pipelined()
+
+    def chosen(self, facts: Facts, workers: int) -> Chosen | None:
+        """Its pipeline, if it has one."""
+        size = self.layout(workers).pipeline
+        return choose(facts, self.pipelined, size) if size > 1 else None
+
+    @property
     def clips(self) -> bool:
         return self.clip_norm is not None
 
@@ -90,20 +105,38 @@ class SplitPattern(Pattern):
             for ranks in layout.groups(axis)
         ]
         whole = held if layout.data == workers else 0
-        return [Group(WORLD, tuple(range(workers)), tail + whole), *inner]
+        return [Group(WORLD, tuple(range(workers)), tail + whole), *inner, *self._channels(facts, workers)]
+
+    def _channels(self, facts: Facts, workers: int) -> Iterator[Group]:
+        """Groups of two, for each direction in which stages talk."""
+        if (chosen := self.chosen(facts, workers)) is None:
+            return
+        assert facts.pipeline is not None
+        nbytes = max(item.output_bytes for item in facts.pipeline.items)
+        for sender, receiver in channel_order(chosen.program):
+            for row in self.layout(workers).groups(PIPELINE):
+                # a link's members stand in order of their ranks
+                pair = tuple(sorted((row[sender], row[receiver])))
+                yield Group(channel_name(sender, receiver), pair, nbytes)
 
     # -- what it can do
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Any, config: Config) -> dict[str, Any]:
+    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
         from weft.patterns.blocks import find_blocks
 
         layout = self.layout(config.workers)
+        share = -(-config.batch // layout.shares)
         blocks = find_blocks(task, model)
         learned: dict[str, Any] = {"blocks": {n: sum(p.nbytes for p in b.parameters()) for n, b in blocks.items()}}
         if layout.tensor > 1:
             from weft.patterns.tensors import learn
 
-            learned["tensor"] = learn(task, model, batch, layout.tensor)
+            learned["tensor"] = learn(task, model, batch(share), layout.tensor)
+        if layout.pipeline > 1:
+            from weft.patterns.stages import learn as learn_stages
+
+            microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
+            learned["pipeline"] = learn_stages(task, model, batch, -(-share // microbatches), microbatches)
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -177,6 +210,18 @@ class SplitPattern(Pattern):
                     f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.gathers_twice else 'once'}; gradients",
                 )
             )
+        if (chosen := self.chosen(facts, config.workers)) is not None:
+            assert facts.pipeline is not None
+            plans += [
+                LinkPlan(
+                    members=f"stage worker {k} of {layout.pipeline}",
+                    carrier=carrier,
+                    bytes_per_step=nbytes,
+                    what="activations to the next stage, gradients to the one before",
+                    group=PIPELINE,
+                )
+                for k, nbytes in enumerate(sent_bytes(chosen, facts.pipeline))
+            ]
         if layout.data > 1:
             plans.append(
                 plan(
@@ -221,6 +266,15 @@ class SplitPattern(Pattern):
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         layout, result = self.layout(config.workers), []
+        if (chosen := self.chosen(facts, config.workers)) is not None:
+            assert facts.pipeline is not None
+            items = facts.pipeline.items
+            for stage, of in enumerate(chosen.stages):
+                names = summed_up_range(items[of.start].name, items[of.stop - 1].name)
+                result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {names}")
+            result.append(
+                f"{chosen.why}; {facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples"
+            )
         if facts.tensor:
             result += facts.tensor.in_words()
         if layout.sharded > 1 and facts.blocks:

@@ -8,24 +8,33 @@ the axis ``data``, once a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from weft.comm.link import Link, SoloLink
+from weft.comm.link import Link, SoloLink, tell_all
 from weft.comm.torch_backend import process_groups
+from weft.data.keys import key_int
 from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
-from weft.patterns.layout import AXES, DATA, SHARDED, TENSOR
+from weft.patterns.feeds import Draw
+from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
+from weft.patterns.metrics import evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
+from weft.patterns.pipelined import CHANNEL, Chosen
+from weft.patterns.pipelining import PipelineWork, first_names, move_away
+from weft.patterns.shared_step import TENSOR as LARGE
+from weft.patterns.shared_step import described, scalar
 from weft.patterns.split import SplitPattern
 from weft.patterns.training import Arena, Replica
 from weft.update import ClipNorm, Dense, Update, norm
@@ -43,8 +52,12 @@ class SplitReplica(Replica):
         self.pattern = pattern
         self.layout = pattern.layout(ctx.world)
         self.place = self.layout.place(ctx.rank)
+        self.chosen = pattern.chosen(ctx.facts, ctx.world)
+        self.work: PipelineWork | None = None
         #: Of the workers that draw the same share, the one that tells of it.
-        self.tells = self.place[TENSOR] == 0
+        self.tells = self.place[TENSOR] == 0 and (
+            self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
+        )
         self.at_end = ExitStack()
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
@@ -87,7 +100,28 @@ class SplitReplica(Replica):
             tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR])
         if self.layout.sharded > 1:
             self._shard(model, mesh[SHARDED])
+        if self.chosen is not None:
+            self._keep_stages(model, self.chosen)
         return model
+
+    def _keep_stages(self, model: nn.Module, chosen: Chosen) -> None:
+        facts, place = self.ctx.facts.pipeline, self.place[PIPELINE]
+        assert facts is not None
+        move_away(model, facts.uses, chosen, place)
+        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups)
+        self.at_end.callback(self.work.close)
+        self.carried_aside = [name for name in self.ctx.groups if name.startswith(CHANNEL)]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [p.name for p in self.ctx.facts.params if p.trainable]
+
+    def holders(self, name: str) -> list[int]:
+        """Places in the pipeline at which a parameter or buffer lives; a tied one may at several."""
+        if self.chosen is None:
+            return [0]
+        assert self.ctx.facts.pipeline is not None
+        return sorted({self.chosen.worker_of(item) for item in self.ctx.facts.pipeline.uses[name]})
 
     def _make_mesh(self) -> DeviceMesh:
         rank = self.ctx.rank
@@ -110,13 +144,43 @@ class SplitReplica(Replica):
 
     def gradients(self) -> Update:
         """What was exchanged meanwhile is no computing."""
-        before = self._seconds_in_links()
+        before, waited = self._seconds_in_links(), self.work.waited_s if self.work else 0.0
         with self._cut():
             update = super().gradients()
-        self.report.compute_s -= self._seconds_in_links() - before
+        waited = (self.work.waited_s if self.work else 0.0) - waited
+        self.report.wait_s += waited
+        self.report.compute_s -= self._seconds_in_links() - before + waited
         if not self.tells:
             update.weight, self.report.losses, self.report.weights = 0.0, [0.0], [0.0]
         return update
+
+    def _compute(self, draw: Draw) -> tuple[float, float, float]:
+        if self.work is None:
+            return super()._compute(draw)
+        assert self.ctx.facts.pipeline is not None
+        begin = time.perf_counter()
+        pieces = np.array_split(draw.indices, self.ctx.facts.pipeline.microbatches)
+        batches = [self.feed.batch(each) if len(each) else self._spare_batch() for each in pieces]
+        weights = [
+            float(self.task.num_examples(batch)) if len(each) else 0.0
+            for batch, each in zip(batches, pieces, strict=True)
+        ]
+        loaded = time.perf_counter()
+        shares = [n / self.joined for n in weights]
+        losses = self.work.step(batches, shares, key_int(self.seed, "step", self.share, self.step) >> 1, self.precision)
+        if self.spans is not None:
+            self.spans.add("pipeline", loaded, time.perf_counter())
+        self._join_tied()
+        return loaded - begin, sum(loss * n for loss, n in zip(losses, weights, strict=True)), sum(weights)
+
+    def _join_tied(self) -> None:
+        """Gradients of parameters that stages on several workers use."""
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and len(self.holders(name)) > 1:
+                grad = local(p.grad) if p.grad is not None else torch.zeros(local(p).shape, dtype=p.dtype)
+                self.link_on(PIPELINE).all_reduce([grad])
+                if not p.is_meta and p.grad is None:
+                    p.grad = placed(grad, p)
 
     def _cut(self) -> AbstractContextManager[Any]:
         """Around what computes with tensors that are cut, forward and backward."""
@@ -130,56 +194,81 @@ class SplitReplica(Replica):
             return super().evaluate()
 
     def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
-        parts = super()._evaluate(batch)
+        if self.work is None:
+            parts = super()._evaluate(batch)
+        else:
+            parts = self.work.evaluate(lambda: evaluate_batch(self.task, self.model, batch)) or {}
         # what all who draw this share have computed counts once
-        return {n: (whole(total), count) for n, (total, count) in parts.items()} if self.tells else self._nothing(parts)
-
-    @staticmethod
-    def _nothing(parts: Mapping[str, tuple[float | Tensor, float]]) -> dict[str, tuple[float | Tensor, float]]:
-        return {n: (torch.zeros_like(whole(cast(Tensor, total))), 0.0) for n, (total, _) in parts.items()}
+        joined = {n: (whole(total), count) for n, (total, count) in parts.items()}
+        return joined if self.tells else {}
 
     def _seconds_in_links(self) -> float:
-        links = (self.link, *self.ctx.groups.values())
+        links = [self.link, *(link for name, link in self.ctx.groups.items() if name not in self.carried_aside)]
         return sum(link.traffic.busy_s + link.traffic.wait_s for link in links)
 
     def _equalise(self) -> None:
         """Done while the model was whole."""
 
     def broken(self) -> list[str]:
-        flags = torch.tensor([float(not local(p).isfinite().all()) for p in self.params.values()])
+        own = {n for n, p in self.params.items() if not local(p).isfinite().all()}
+        flags = torch.tensor([float(n in own) for n in self.names])
         self.link.all_reduce([flags], op="max")
-        return [n for n, flag in zip(self.params, flags.tolist(), strict=True) if flag]
+        return [n for n, flag in zip(self.names, flags.tolist(), strict=True) if flag]
 
     # -- state, whole as one process would have it, so that every other pattern can read it
 
     def _model_state(self) -> dict[str, Any]:
-        return self._gathered(self.model.state_dict())
+        first = first_names(self.model)
+        return self._gathered({n: (t, self.holders(first[n])[0]) for n, t in self.model.state_dict().items()})
 
-    def _gathered(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """On rank 0, one at a time; the other ranks keep none."""
-        result = {}
-        for name, value in tensors.items():
-            all_of_it = whole(value)
+    def _gathered(self, tensors: Mapping[str, tuple[Tensor, int]]) -> dict[str, Any]:
+        """``tensors``: with the place in the pipeline that holds each. On rank 0, one at a time; the other ranks keep none."""
+        result, row, place = {}, self.link_on(PIPELINE), self.place[PIPELINE]
+        for name, (value, holder) in tensors.items():
+            all_of_it = whole(value) if holder == place else torch.empty(value.shape, dtype=value.dtype)
+            if row.world > 1:
+                row.broadcast([all_of_it], holder)
             if self.link.rank == 0:
                 result[name] = all_of_it
         return result
 
     def _optimizer_state(self) -> dict[str, Any]:
         own = optimizer_state_by_name(self.optimizer, self.stepped)
-        states = {
-            name: self._gathered(
-                {k: placed(v, self.params[name]) if self.parts and is_large(k, v) else v for k, v in state.items()}
-            )
-            for name, state in own["state"].items()
-        }
-        return own | {"state": states}
+        params = {p.name: p for p in self.ctx.facts.params}
+        row = self.link_on(PIPELINE)
+        told = tell_all(row, [{n: described(state) for n, state in own["state"].items()}, own["param_groups"]])
+        states: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            holder = self.holders(name)[0]
+            if name not in told[holder][0]:
+                continue
+            here = holder == self.place[PIPELINE]
+            large: dict[str, tuple[Tensor, int]] = {}
+            for key, kind in told[holder][0][name].items():
+                if kind == LARGE:
+                    value = (
+                        own["state"][name][key] if here else torch.empty(params[name].shape, dtype=self._dtype(name))
+                    )
+                    large[key] = (placed(value, self.params[name]) if here and self.parts else value, holder)
+            states[name] = {
+                key: kind if kind == LARGE else scalar(kind) for key, kind in told[holder][0][name].items()
+            } | self._gathered(large)
+        groups = [
+            dict(group) | {"params": [n for n in self.names if any(n in t[1][k]["params"] for t in told)]}
+            for k, group in enumerate(own["param_groups"])
+        ]
+        return {"state": states, "param_groups": groups}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, next(p.dtype for p in self.ctx.facts.params if p.name == name)))
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         own = self.model.state_dict()
         self._same_names(own, state)
         with torch.no_grad():
             for name, value in own.items():
-                local(value).copy_(local(part_of(state[name], value)))
+                if not value.is_meta:
+                    local(value).copy_(local(part_of(state[name], value)))
 
     @staticmethod
     def _same_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -196,7 +285,11 @@ class SplitReplica(Replica):
             for name, each in state["state"].items()
             if name in self.params
         }
-        load_optimizer_state_by_name(self.optimizer, self.params, {**state, "state": parts})
+        groups = [
+            dict(group) | {"params": [n for n in group["params"] if n in self.params or n not in self.names]}
+            for group in state["param_groups"]
+        ]
+        load_optimizer_state_by_name(self.optimizer, self.params, {"state": parts, "param_groups": groups})
 
 
 class SplitMean(JoinedMean):
@@ -226,8 +319,8 @@ class SplitMean(JoinedMean):
         assert self.arena is not None
         replica, views = self.replica, self.arena.views
         grads: dict[str, Tensor] = {}
-        for (name, p), present in zip(replica.params.items(), presence, strict=True):
-            if not present:
+        for name, p in replica.params.items():
+            if not presence[self.position[name]]:
                 continue
             entry = update.entries.get(name)
             own = entry.tensor if isinstance(entry, Dense) else placed(torch.zeros_like(local(p)), p)
@@ -236,13 +329,17 @@ class SplitMean(JoinedMean):
             torch._foreach_mul_([local(grad) for grad in grads.values()], correction)
         for clip in replica.chain:
             if isinstance(clip, ClipNorm):
-                clip.norm = self._norm(grads.values())
+                clip.norm = self._norm(grads)
         stepped = {n: Dense(local(grad) if replica.parts else grad) for n, grad in grads.items()}
         return Update(cast(Any, stepped), sum(replica.report.weights), update.version)
 
-    def _norm(self, tensors: Iterable[Tensor]) -> float:
+    def _norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Of the whole gradient, of which each rank holds a part; what several hold counts once."""
-        squares = sum(norm([local(t)]) ** 2 / copies(t, self.link.world) for t in tensors)
+        replica = self.replica
+        at_one_place = self.link.world // replica.layout.pipeline
+        squares = sum(
+            norm([local(t)]) ** 2 / copies(t, at_one_place) / len(replica.holders(n)) for n, t in tensors.items()
+        )
         total = torch.tensor([squares], dtype=torch.float64)
         self.link.all_reduce([total])
         return math.sqrt(total.item())

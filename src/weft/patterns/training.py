@@ -26,7 +26,7 @@ from weft.data.keys import key_int
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss
-from weft.patterns.feeds import make_feed, readable
+from weft.patterns.feeds import Draw, make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
@@ -84,8 +84,8 @@ class Arena:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that need a gradient, each once (tied ones under their first name)."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """Parameters that need a gradient, each once (tied ones under their first name); those that live on this worker."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and not p.is_meta}
 
 
 class Replica:
@@ -93,6 +93,8 @@ class Replica:
 
     #: All workers take part in each forward and backward, those too that have no example left.
     computes_jointly = False
+    #: Groups whose links carry messages while the worker computes: what they take is not the loop's.
+    carried_aside: Collection[str] = ()
 
     def __init__(
         self, ctx: Context, *, accumulate: int = 1, autocast: str = "none", chain: Sequence[Transform] = ()
@@ -148,6 +150,11 @@ class Replica:
         else:
             self._equalise()
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all parameters that are trained, wherever they live."""
+        return list(self.params)
+
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
         return self.task.model().to(self.ctx.device, dtype)
 
@@ -175,7 +182,17 @@ class Replica:
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
             p.grad = None
-        data_s, loss_sum, weight = 0.0, 0.0, 0.0
+        data_s, loss_sum, weight = self._compute(draw)
+        update = self._collect(weight)
+        r = self.report
+        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
+        r.data_s = data_s
+        r.compute_s = time.perf_counter() - begun - data_s
+        return update
+
+    def _compute(self, draw: Draw) -> tuple[float, float, float]:
+        """Forward and backward of a share: (seconds of loading, sum of losses, their weight)."""
+        spans, data_s, loss_sum, weight = self.spans, 0.0, 0.0, 0.0
         pieces = np.array_split(draw.indices, self.accumulate) if self.accumulate > 1 else [draw.indices]
         last = max((k for k, indices in enumerate(pieces) if len(indices)), default=0)
         for k, indices in enumerate(pieces):
@@ -200,12 +217,7 @@ class Replica:
             weight += n
             if spans is not None:
                 spans.add("backward", forwarded, time.perf_counter())
-        update = self._collect(weight)
-        r = self.report
-        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
-        r.data_s = data_s
-        r.compute_s = time.perf_counter() - begun - data_s
-        return update
+        return data_s, loss_sum, weight
 
     def _loss(self, batch: Any) -> Tensor:
         return self.task.loss(self.model, batch)
@@ -388,7 +400,8 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
 class Meter:
     """What a member's links moved and waited in a step. Bytes: since the last step, an evaluation or a save between included."""
 
-    def __init__(self, links: Mapping[str, Link]) -> None:
+    def __init__(self, links: Mapping[str, Link], aside: Collection[str] = ()) -> None:
+        self.aside = frozenset(aside)
         self.traffics = {name: link.traffic for name, link in links.items() if link.world > 1}
         self.sent = {name: t.bytes_sent for name, t in self.traffics.items()}
         self.begin()
@@ -398,8 +411,9 @@ class Meter:
 
     def end(self, report: StepReport) -> None:
         for (name, t), (busy_s, wait_s, messages) in zip(self.traffics.items(), self.begun, strict=True):
-            report.exchange_s += t.busy_s - busy_s
-            report.wait_s += t.wait_s - wait_s
+            if name not in self.aside:
+                report.exchange_s += t.busy_s - busy_s
+                report.wait_s += t.wait_s - wait_s
             report.messages += t.messages - messages
             sent, self.sent[name] = t.bytes_sent - self.sent[name], t.bytes_sent
             report.bytes_sent += sent
@@ -430,7 +444,7 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
-    meter = Meter({WORLD: ctx.link, **ctx.groups})
+    meter = Meter({WORLD: ctx.link, **ctx.groups}, replica.carried_aside)
     with contextlib.closing(exchange):
         while replica.step < ctx.total_steps:
             meter.begin()
