@@ -190,3 +190,28 @@ def test_refusals() -> None:
         partition(even(8), 0)
     with pytest.raises(ConfigError, match="in_flight has 1 numbers for 2 stages"):
         partition(even(8), 2, in_flight=[3])
+
+
+def test_memory_goes_before_bytes() -> None:
+    """The block in the middle takes no time: it may lie on either side, but for its memory."""
+    one, light = {"input_gradient_s": 0, "weight_gradient_s": 0}, {"forward_s": 0, "input_gradient_s": 0}
+    blocks = [
+        Cost(forward_s=1, state_bytes=5, output_bytes=9, **one),
+        Cost(weight_gradient_s=0, state_bytes=5, output_bytes=1, **light),
+        Cost(forward_s=1, state_bytes=1, **one),
+    ]
+    assert partition(blocks, 2).stages == (range(2), range(2, 3))
+    assert partition(blocks, 2, memory_bytes=8).stages == (range(1), range(1, 3))
+
+
+@pytest.mark.parametrize("shape", [("looped", 2, 2), ("v", 2, 2)])
+def test_cuts_are_moved_until_memory_suffices(shape: tuple[Any, int, int]) -> None:
+    """The embedding's state makes rank 0 the fuller one; it gives a block away, and no more than that."""
+    blocks = [*even(1, state_bytes=4), *even(7, state_bytes=1)]
+    ranks = place(*shape)
+    assert max(partition(blocks, ranks).memory_bytes) == 7
+    found = partition(blocks, ranks, memory_bytes=6)
+    assert found.moved
+    assert found.memory_bytes == (6, 5)
+    fit = [w for cut in all_cuts(blocks, 4) if max((w := measured(blocks, cut, ranks))["memory"]) <= 6]
+    assert found.pace_s == min(w["pace"] for w in fit)

@@ -75,7 +75,7 @@ def partition(
     else:
         cuts = _looped(table) if looped else _v(table)
         if max(table.memory_by_rank(cuts)) > memory_bytes:
-            cuts, moved = _move_cuts(table, cuts, memory_bytes), True
+            cuts, moved = _move_cuts(table, cuts), True
     memory = table.memory_by_rank(cuts)
     if max(memory) > memory_bytes:
         raise ConfigError(
@@ -273,19 +273,21 @@ def _slowest_of_round(table: _Table, begin: int) -> list[float]:
 
 def _v(table: _Table) -> Cuts:
     """Whatever the memory."""
-    tried = _move_cuts(table, _looped(table), math.inf)
+    tried = _looped(table)
+
+    def seconds(at: Sides) -> Price:
+        return 0.0, sum(table.seconds(*stage) for stage in at)
+
+    def sent(at: Sides) -> Price:
+        (_, a), (b, _) = at
+        return 2 * (table.outputs[a - 1] + table.outputs[b - 1]), max(table.seconds(*stage) for stage in at)
+
     found = []
     for bound in _bounds(table):
-        pace = table.pace(tried) if table.slowest_stage(tried) <= bound else 2 * bound  # no quicker than the quickest
-        found.append(_inwards(table, pace, bound, lambda at: (0.0, sum(table.seconds(*stage) for stage in at))))
+        possible = table.pace(tried) if table.slowest_stage(tried) <= bound else 2 * bound
+        found.append(_inwards(table, possible, bound, seconds))
     cuts = min(found, key=table.step)
-
-    def price(at: Sides) -> Price:
-        return 2 * sum(table.outputs[cut - 1] for cut in (at[0][1], at[1][0])), max(
-            table.seconds(*stage) for stage in at
-        )
-
-    return _inwards(table, table.pace(cuts), table.slowest_stage(cuts), price)
+    return _inwards(table, table.pace(cuts), table.slowest_stage(cuts), sent)
 
 
 def _inwards(table: _Table, rank_s: float, stage_s: float, price: Callable[[Sides], Price]) -> Cuts:
@@ -333,38 +335,24 @@ def _both_sides(
 # Where memory forbids the quickest
 
 
-def _move_cuts(table: _Table, cuts: Cuts, allowed: float) -> Cuts:
+def _move_cuts(table: _Table, cuts: Cuts) -> Cuts:
     """Until no move helps, first to fit the memory."""
 
-    def rate(cuts: Cuts, even: bool) -> tuple[float, ...]:
-        """``even``: every rank's seconds count, so that a move may help before the slowest rank gains by it."""
+    def rate(cuts: Cuts) -> tuple[float, ...]:
         memory = table.memory_by_rank(cuts)
-        return (
-            sum(max(0.0, nbytes - allowed) for nbytes in memory),
-            *(sorted(table.seconds_by_rank(cuts), reverse=True) if even else ()),
-            table.step(cuts),
-            table.sent(cuts),
-            max(memory),
-        )
+        excess = sum(max(0.0, nbytes - table.allowed) for nbytes in memory)
+        # Nine digits: sums of the same numbers in another order must be the same.
+        return tuple(float(f"{x:.9g}") for x in (excess, table.step(cuts), table.sent(cuts), max(memory)))
 
-    for even in (False,) if table.looped else (True, False):
-        rating = rate(cuts, even)
-        moved = True
-        while moved:
-            moved = False
-            for other in _moves(cuts):
-                if _less(rated := rate(other, even), rating):
-                    cuts, rating, moved = other, rated, True
-                    break
+    rating = rate(cuts)
+    moved = True
+    while moved:
+        moved = False
+        for other in _moves(cuts):
+            if (rated := rate(other)) < rating:
+                cuts, rating, moved = other, rated, True
+                break
     return cuts
-
-
-def _less(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Numbers that are the same but for their last digits count as the same."""
-    for x, y in zip(a, b):
-        if not math.isclose(x, y, rel_tol=SAME - 1):
-            return x < y
-    return False
 
 
 def _moves(cuts: Cuts) -> Iterator[Cuts]:

@@ -12,7 +12,7 @@ F = I = W = 1/v of a rank's forward, a step of 3M takes longer by
   zbv               (P-1) / 2      V: the last stage is on rank 0   Qi et al. 2024
   dualpipe-v        (P-1) / 2      V; F and B in pairs              DeepSeek-AI 2024, DualPipeV
 
-``tests`` hold the lists against those of torch.distributed.pipelining, action for action.
+A test holds the lists against those of torch.distributed.pipelining, action for action.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ Order = Callable[[int, int, int, int], Iterator[Action]]  # (rank, ranks, stages
 
 
 def gpipe(rank: int, ranks: int, per_rank: int, microbatches: int) -> Iterator[Action]:
-    """All forward, then all backward. (The paper draws the microbatches backward in reverse; so long, and torch does as here.)"""
+    """All forward, then all backward, in the same order as torch does. (The paper's figure goes backward from the last; the time is the same.)"""
     for kind in ("F", "B"):
         for m in range(microbatches):
             yield Action(rank, kind, m)
