@@ -51,7 +51,8 @@ class Channel:
 
     def take(self, tag: Tag) -> Message:
         """The message of that tag, which was announced."""
-        return self._wait(lambda: self._arrived.pop(tag, None), f"send {tag}")
+        found: Message = self._wait(lambda: self._arrived.pop(tag, None), f"send {tag}")
+        return found
 
     def flush(self) -> None:
         """Wait until all that was queued is sent."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from weft.errors import CheckpointError
+from weft.patterns.elementwise import is_large
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -52,3 +53,22 @@ def load_optimizer_state_by_name(
         )
     groups = [dict(g) | {"params": [position[n] for n in g["params"]]} for g in state["param_groups"]]
     optimizer.load_state_dict({"state": {position[n]: s for n, s in state["state"].items()}, "param_groups": groups})
+
+
+# -- state of a parameter, told to other ranks
+
+LARGE = "as large as the parameter"
+
+
+def described(state: Mapping[str, Any]) -> dict[str, Any]:
+    """In plain data: what is kept once, and which keys hold something large."""
+    return {key: LARGE if is_large(key, value) else plain(value) for key, value in state.items()}
+
+
+def plain(value: Any) -> Any:
+    return [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, torch.Tensor) else value
+
+
+def scalar(kind: Any) -> Any:
+    """Undoes ``plain``."""
+    return torch.tensor(kind[0], dtype=getattr(torch, kind[1])) if isinstance(kind, list) else kind

@@ -24,7 +24,7 @@ from weft.errors import TaskError
 from weft.patterns.allreduce import LINE
 from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.mean import JoinedMean
-from weft.patterns.optimizer_state import optimizer_state_by_name
+from weft.patterns.optimizer_state import LARGE, described, optimizer_state_by_name, scalar
 from weft.patterns.training import Arena, Replica, flat_buffer
 from weft.update import ClipNorm, Dense, Entry, Update, norm
 
@@ -204,15 +204,15 @@ class SharedMean(JoinedMean):
         own = optimizer_state_by_name(self.replica.optimizer, self.replica.stepped)
         told = tell_all(self.link, {name: described(state) for name, state in own["state"].items()})
         known: dict[str, dict[str, Any]] = {n: kinds for each in reversed(told) for n, kinds in each.items()}
-        keys = sorted({key for kinds in known.values() for key, kind in kinds.items() if kind == TENSOR})
+        keys = sorted({key for kinds in known.values() for key, kind in kinds.items() if kind == LARGE})
         states: dict[str, dict[str, Any]] = {
             name: {key: scalar(kind) for key, kind in kinds.items()} for name, kinds in sorted(known.items())
         }
         for key in keys:
-            parts = {n: s[key] for n, s in own["state"].items() if described(s).get(key) == TENSOR}
+            parts = {n: s[key] for n, s in own["state"].items() if described(s).get(key) == LARGE}
             flat = self.arena.whole(self.link, parts)
             for name, kinds in known.items():
-                if flat is not None and kinds.get(key) == TENSOR:
+                if flat is not None and kinds.get(key) == LARGE:
                     p, start = self.replica.params[name], self.arena.starts[name]
                     states[name][key] = flat[start : start + p.numel()].view(p.shape).clone()
         order = [name for members in self.groups for name in members if name in states]
@@ -222,22 +222,6 @@ class SharedMean(JoinedMean):
 
 # -- state of a parameter, whole and cut
 
-TENSOR = "as large as the parameter"
-
 
 def cut(state: Mapping[str, Any], part: slice) -> dict[str, Any]:
     return {key: value.reshape(-1)[part].clone() if is_large(key, value) else value for key, value in state.items()}
-
-
-def described(state: Mapping[str, Any]) -> dict[str, Any]:
-    """In plain data: what is kept once, and which keys hold something large."""
-    return {key: TENSOR if is_large(key, value) else plain(value) for key, value in state.items()}
-
-
-def plain(value: Any) -> Any:
-    return [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, Tensor) else value
-
-
-def scalar(kind: Any) -> Any:
-    """Undoes ``plain``."""
-    return torch.tensor(kind[0], dtype=getattr(torch, kind[1])) if isinstance(kind, list) else kind

@@ -265,13 +265,14 @@ class SplitPattern(Pattern):
         return (2 * rest + 4 * max(facts.blocks.values(), default=0)) // layout.tensor
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
-        layout, result = self.layout(config.workers), []
+        layout = self.layout(config.workers)
+        result: list[str] = []
         if (chosen := self.chosen(facts, config.workers)) is not None:
             assert facts.pipeline is not None
             items = facts.pipeline.items
             for stage, of in enumerate(chosen.stages):
-                names = summed_up_range(items[of.start].name, items[of.stop - 1].name)
-                result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {names}")
+                between = summed_up_range(items[of.start].name, items[of.stop - 1].name)
+                result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {between}")
             result.append(
                 f"{chosen.why}; {facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples"
             )

@@ -23,18 +23,22 @@ from torch.distributed.tensor import DTensor, Shard
 from weft.comm.link import Link, SoloLink, tell_all
 from weft.comm.torch_backend import process_groups
 from weft.data.keys import key_int
+from weft.data.sampler import Draw
 from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
-from weft.patterns.feeds import Draw
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
 from weft.patterns.metrics import evaluate_batch
-from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
+from weft.patterns.optimizer_state import (
+    LARGE,
+    described,
+    load_optimizer_state_by_name,
+    optimizer_state_by_name,
+    scalar,
+)
 from weft.patterns.pipelined import CHANNEL, Chosen
 from weft.patterns.pipelining import PipelineWork, first_names, move_away
-from weft.patterns.shared_step import TENSOR as LARGE
-from weft.patterns.shared_step import described, scalar
 from weft.patterns.split import SplitPattern
 from weft.patterns.training import Arena, Replica
 from weft.update import ClipNorm, Dense, Update, norm
@@ -155,8 +159,17 @@ class SplitReplica(Replica):
         return update
 
     def _compute(self, draw: Draw) -> tuple[float, float, float]:
-        if self.work is None:
-            return super()._compute(draw)
+        done = self._flow(draw) if self.work is not None else super()._compute(draw)
+        for p in self.params.values():  # of an embedding whose rows are cut torch leaves a sum that is still to be made
+            if isinstance(p.grad, DTensor) and p.grad.placements != cast(DTensor, p).placements:
+                p.grad = p.grad.redistribute(placements=cast(DTensor, p).placements)
+        if self.work is not None:
+            self._join_tied()
+        return done
+
+    def _flow(self, draw: Draw) -> tuple[float, float, float]:
+        """The same as a pipeline."""
+        assert self.work is not None
         assert self.ctx.facts.pipeline is not None
         begin = time.perf_counter()
         pieces = np.array_split(draw.indices, self.ctx.facts.pipeline.microbatches)
@@ -170,7 +183,6 @@ class SplitReplica(Replica):
         losses = self.work.step(batches, shares, key_int(self.seed, "step", self.share, self.step) >> 1, self.precision)
         if self.spans is not None:
             self.spans.add("pipeline", loaded, time.perf_counter())
-        self._join_tied()
         return loaded - begin, sum(loss * n for loss, n in zip(losses, weights, strict=True)), sum(weights)
 
     def _join_tied(self) -> None:
@@ -187,13 +199,14 @@ class SplitReplica(Replica):
         return tensors.computing(self.ctx.facts.tensor) if self.layout.tensor > 1 else nullcontext()
 
     def _loss(self, batch: Any) -> Tensor:
-        return whole(super()._loss(batch))
+        loss: Tensor = whole(super()._loss(batch))
+        return loss
 
     def evaluate(self) -> dict[str, float]:
         with self._cut():
             return super().evaluate()
 
-    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[Tensor, float]]:
         if self.work is None:
             parts = super()._evaluate(batch)
         else:

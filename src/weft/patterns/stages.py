@@ -55,11 +55,11 @@ class Cuts:
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
         self._forwards = [block.forward for block in self.blocks]
         for k, block in enumerate(self.blocks):
-            block.forward = self._instead_of(block.forward, k)  # type: ignore[method-assign]
+            block.forward = self._instead_of(block.forward, k)
 
     def undo(self) -> None:
         for block, forward in zip(self.blocks, self._forwards, strict=True):
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
 
     def _instead_of(self, forward: Callable[..., Any], k: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -122,11 +122,7 @@ class Before(TorchFunctionMode):
         kwargs = kwargs or {}
         if any(isinstance(t, Tensor) and t.is_meta for t in tree_flatten((args, kwargs))[0]):
             if self.cuts.reached >= self.cuts.begin and func not in ASKS:
-                raise TaskError(
-                    f"after block {self.cuts.names[self.cuts.begin - 1]!r}, {type(self.cuts.task).__name__}'s model uses what it computed before "
-                    f"that block ended, beside the block's own result ({getattr(func, '__name__', func)}). A pipeline passes on only what a block "
-                    "returns: let the blocks return that, too, or make one block of those it skips (the task's blocks(model))."
-                )
+                raise TaskError(skips(self.cuts, self.cuts.begin, func))
             args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
             try:
                 return func(*args, **kwargs)
@@ -139,13 +135,7 @@ class Before(TorchFunctionMode):
 
 
 #: What may be asked of a tensor without numbers at any time.
-ASKS = {
-    Tensor.is_meta.__get__,
-    Tensor.shape.__get__,
-    Tensor.device.__get__,
-    Tensor.dtype.__get__,
-    Tensor.requires_grad.__get__,
-}  # type: ignore[attr-defined]
+ASKS = {getattr(Tensor, name).__get__ for name in ("is_meta", "shape", "device", "dtype", "requires_grad")}
 
 
 def out_of_order(task: Task, names: Sequence[str], now: int, reached: int) -> str:
@@ -179,8 +169,11 @@ def made_of(made: Any) -> int:
 # -- looking at a model
 
 
+MADE_AT = "_weft_made_at"  # the item at which a tensor was computed from parameters
+
+
 class Uses(TorchFunctionMode):
-    """At which items parameters and buffers are used."""
+    """At which items parameters and buffers are used; refuses what passes from one item to another beside the blocks' results."""
 
     def __init__(self, cuts: Cuts) -> None:
         super().__init__()
@@ -190,10 +183,33 @@ class Uses(TorchFunctionMode):
         self.found: dict[str, set[int]] = {n: set() for n in self.names.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for t in tree_flatten((args, kwargs or {}))[0]:
-            if isinstance(t, Tensor) and id(t) in self.names:
-                self.found[self.names[id(t)]].add(self.cuts.reached)
-        return func(*args, **(kwargs or {}))
+        now, learned = self.cuts.reached, False
+        for t in tensors_of((args, kwargs or {})):
+            if id(t) in self.names:
+                self.found[self.names[id(t)]].add(now)
+                learned |= isinstance(t, nn.Parameter)
+            elif (made_at := getattr(t, MADE_AT, None)) is not None and func not in ASKS:
+                if made_at < now:
+                    raise TaskError(skips(self.cuts, now, func))
+                learned = True
+        result = func(*args, **(kwargs or {}))
+        if learned:
+            mark(result, now)
+        return result
+
+
+def mark(made: Any, item: int) -> None:
+    for t in tensors_of(made):
+        if not isinstance(t, nn.Parameter):
+            setattr(t, MADE_AT, item)
+
+
+def skips(cuts: Cuts, item: int, func: Any) -> str:
+    return (
+        f"after block {cuts.names[item - 1]!r}, {type(cuts.task).__name__}'s model uses what it computed before that block ended, beside the "
+        f"block's own result ({getattr(func, '__name__', func)}). A pipeline passes on only what a block returns: let the blocks return that, too, or "
+        "make one block of those it skips (the task's blocks(model))."
+    )
 
 
 def learn(
@@ -217,6 +233,7 @@ def learn(
                 f"block {cuts.names[k]!r} of {who}'s model returns a {type(made).__name__}: a pipeline passes on a tensor, or a tuple of tensors. "
                 "Return that, or choose other blocks by the task's blocks(model)."
             )
+        mark(made, k + 1)
         return made
 
     before = {n: p.grad for n, p in model.named_parameters()}

@@ -87,13 +87,13 @@ def computing(facts: TensorFacts | None) -> Iterator[None]:
 # -- what torch lacks on CPUs
 
 
-@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)  # type: ignore[untyped-decorator]
 def _attention(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> Sequence[Any]:
     """Heads (dim 1) and examples (dim 0) are independent of each other."""
     return [([p, p], [p, p, p, *[None] * len(rest)]) for p in (Replicate(), Shard(0), Shard(1))]
 
 
-@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)  # type: ignore[untyped-decorator]
 def _attention_backward(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **more: Any) -> Sequence[Any]:
     return [([p, p, p], [p] * 6 + [None] * len(rest)) for p in (Replicate(), Shard(0), Shard(1))]
 
@@ -113,7 +113,7 @@ def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 for _op in (aten.bernoulli_.float, aten.uniform_.default, aten.normal_.default):
-    DTensor._op_dispatcher._custom_op_handlers[_op] = _drawn_whole
+    DTensor._op_dispatcher._custom_op_handlers[_op] = _drawn_whole  # type: ignore[assignment]
 
 
 # -- what to cut
@@ -164,8 +164,8 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
             left |= dict.fromkeys(pair.styles, why)
         else:
             styles |= pair.styles
-    ends, why = find_ends(task, model, batch, calls, degree)
-    left |= why
+    ends, whole_ends = find_ends(calls, degree)
+    left |= whole_ends
     if not styles and not ends:
         raise Incompatible(
             f"tensor={degree}: {type(task).__name__}'s model has no Linears that feed one another, so there is nothing to cut: use --pattern sharded, "
@@ -293,36 +293,29 @@ def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -
         ) from error
 
 
-def find_ends(
-    task: Task, model: nn.Module, batch: Any, calls: Sequence[Call], degree: int
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Embeddings and the head, where their part saves more than their exchange costs; and why not, of large ones."""
+def find_ends(calls: Sequence[Call], degree: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Embeddings and the head (the last Linear), where a part saves more than its exchange costs; and why not, of large ones."""
     names: dict[str, str] = {}
     left: dict[str, str] = {}
-    embeddings = [call for call in calls if isinstance(call.module, nn.Embedding)]
     linears = [call for call in calls if isinstance(call.module, nn.Linear)]
-    last = linears[-1] if linears else None
-    weights = {id(call.module.weight) for call in embeddings}
-    tied = last is not None and id(last.module.weight) in weights
-    for call in embeddings:
-        both = tied and last is not None and call.module.weight is last.module.weight
-        if any(call.module is not other.module and call.module.weight is other.module.weight for other in embeddings):
-            continue
-        if call.module.weight.numel() < 2 * call.made.numel():
+    ends = [call for call in calls if isinstance(call.module, nn.Embedding)] + linears[-1:]
+    weights = [weight_of(call.module) for call in ends]
+    for call, weight in zip(ends, weights, strict=True):
+        style = EMBEDDING if isinstance(call.module, nn.Embedding) else HEAD
+        sharing = [c for c, w in zip(ends, weights, strict=True) if w is weight]
+        if any(weight.numel() < 2 * each.made.numel() for each in sharing):
             continue  # what would travel is more than what it holds
-        if why := indivisible(call.module, EMBEDDING, degree):
+        if why := indivisible(call.module, style, degree):
             left[call.name] = why
-            continue
-        names[call.name] = EMBEDDING
-        if both:
-            assert last is not None
-            names[last.name] = HEAD
-    if last is not None and not tied and last.module.weight.numel() >= 2 * last.made.numel():
-        if why := indivisible(last.module, HEAD, degree):
-            left[last.name] = why
         else:
-            names[last.name] = HEAD
+            names[call.name] = style  # of a weight that several use, all are cut alike: by rows of the table
     return names, left
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 # -- rehearsal

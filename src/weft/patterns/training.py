@@ -23,10 +23,11 @@ from weft.comm.link import WORLD, Link
 from weft.config import FIRST_PART, part_of
 from weft.data.balance import Balancer
 from weft.data.keys import key_int
+from weft.data.sampler import Draw
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss
-from weft.patterns.feeds import Draw, make_feed, readable
+from weft.patterns.feeds import make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
@@ -222,7 +223,7 @@ class Replica:
     def _loss(self, batch: Any) -> Tensor:
         return self.task.loss(self.model, batch)
 
-    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[Tensor, float]]:
         return evaluate_batch(self.task, self.model, batch)
 
     def _spare_batch(self) -> Any:
