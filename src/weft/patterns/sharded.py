@@ -102,6 +102,9 @@ class Sharded(Pattern):
     def clips(self) -> bool:
         return self.clip_norm is not None
 
+    def differs(self, facts: Facts, steps: int) -> str:
+        return ""
+
     # -- who talks to whom
 
     def meshes(self, workers: int) -> dict[str, list[tuple[int, ...]]]:

@@ -8,7 +8,7 @@ Zhao et al. 2023, 2304.11277).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -176,6 +176,12 @@ class SplitMean(JoinedMean):
             part.grad = local(entry.tensor) if isinstance(entry, Dense) else None
         update.weight = sum(self.replica.report.weights)
         return update
+
+    def whole(self, update: Update) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().whole(update):
+            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.link.rank == 0:
+                yield name, gathered
 
     def _norm(self, tensors: Iterable[Tensor]) -> float:
         """Of the whole gradient, of which each rank holds a part; what several hold counts once."""
