@@ -125,7 +125,7 @@ def run(
         tensorboard=tensorboard,
         metrics_port=metrics_port,
         insecure=insecure,
-        check_equivalence=CHECKED_STEPS if check_equivalence is True else int(check_equivalence),
+        check_equivalence=CHECKED_STEPS if check_equivalence is True else check_equivalence or 0,
         tolerance=tolerance,
         faults=[f.to_dict() for f in faults],
     )
