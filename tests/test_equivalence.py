@@ -287,8 +287,9 @@ def test_bf16_does_not_hide_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest
 
 def test_a_gradient_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale_one(monkeypatch, "2.bias", math.nan)
-    error = refused(tmp_path, Regression(), workers=2, check_equivalence=1)
+    error = refused(tmp_path, Regression(), workers=2)
     assert error.parameter == "2.bias"
+    assert "at step 1" in str(error)
     assert "A gradient is no number" in str(error)
 
 
@@ -316,7 +317,8 @@ def test_a_larger_tolerance_lets_it_pass_and_a_smaller_one_does_not(tmp_path: Pa
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("pattern", rest_slow([AllReduce(), Sharded()]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [AllReduce(), Sharded()], ids=str)
 def test_processes_refuse_too(tmp_path: Path, pattern: weft.AllReduce) -> None:
     assert refused(tmp_path, Scaling(), workers=2, pattern=pattern, cluster="local").parameter == "2.weight"
 
@@ -356,6 +358,7 @@ def test_a_disk_that_cannot_hold_the_gradients_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_faults_wait_for_the_run_and_a_resume_does_not_compare_again(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with pytest.raises(MemberFailed, match="worker 1 failed, last heard of after step"):

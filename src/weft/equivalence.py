@@ -81,7 +81,7 @@ def take_steps(seat: Seat) -> None:
             watch=watch,
         )
         points = at_end.enter_context(contextlib.closing(resolve(role.entry)(context)))
-        deque(islice(points, config.check_equivalence), maxlen=0)
+        deque(islice(points, order.steps), maxlen=0)
 
 
 def keep(folder: Path, step: int, whole: Iterator[tuple[str, Tensor]], loss: float) -> None:
@@ -117,7 +117,7 @@ def compare(seat: Seat) -> None:
     torch.set_num_threads(order.config.threads)
     one, folder = OneProcess(order, load_task(order.config.task)), Path(order.folder)
     by_shares, agrees, steps = False, False, list[StepFound]()
-    for step in range(1, order.config.check_equivalence + 1):
+    for step in range(1, order.steps + 1):
         one.draw()
         loss = math.nan
         if not by_shares:

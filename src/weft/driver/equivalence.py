@@ -6,8 +6,10 @@ Then one process takes the same joined batches in a plain loop and compares (``w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,7 +17,7 @@ import msgspec
 from weft.clusters.base import Session
 from weft.config import EQUIVALENCE, Config, RunFolder
 from weft.driver.calls import call, call_all
-from weft.errors import ConfigError, Incompatible, NotEquivalent, RunFolderError
+from weft.errors import ConfigError, Incompatible, MemberFailed, NotEquivalent, RunFolderError
 from weft.patterns.base import Facts, Pattern
 from weft.report.human import format_bytes
 from weft.report.observers import Observer
@@ -41,6 +43,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     config: Config
     facts: Facts
     total_steps: int
+    steps: int  # to be compared
     loop: Loop
     tolerance: float
     folder: str
@@ -133,9 +136,8 @@ def announce(config: Config, facts: Facts, pattern: Pattern, total_steps: int) -
 
 
 def check(prepared: Prepared, folder: RunFolder, session: Session, observer: Observer) -> Equivalence:
-    """Raises NotEquivalent, MemberFailed, TaskError."""
-    import dataclasses
-
+    """Raises NotEquivalent, MemberFailed, TaskError. Where a member fails, what it did before is compared: a gradient that is wrong may
+    be why."""
     facts = prepared.facts
     config = msgspec.structs.replace(prepared.config, faults=[], balance="none", trace=False)
     loop = loop_of(prepared.pattern)
@@ -144,23 +146,38 @@ def check(prepared: Prepared, folder: RunFolder, session: Session, observer: Obs
         config=config,
         facts=facts,
         total_steps=prepared.total_steps,
+        steps=config.check_equivalence,
         loop=loop,
         tolerance=tolerance_of(config, loop),
         folder=str(place),
     )
+    lost: MemberFailed | None = None
     try:
-        make_room(place, config.check_equivalence * sum(p.nbytes for p in facts.params if p.trainable))
-        payload = msgspec.to_builtins(order)
+        make_room(place, order.steps * sum(p.nbytes for p in facts.params if p.trainable))
         links = [dataclasses.replace(link, port=0) for link in prepared.links]
-        doing = "in the steps that are compared with one process's"
-        call_all(session, observer, "weft.equivalence:take_steps", payload, links, lambda _: None, doing, math.inf)
+        try:
+            call_all(
+                session,
+                observer,
+                "weft.equivalence:take_steps",
+                msgspec.to_builtins(order),
+                links,
+                on_message=lambda _: None,
+                doing="in the steps that are compared with one process's",
+                silence_s=math.inf,  # a model may be slow; the user sees it, and can interrupt
+            )
+        except MemberFailed as error:
+            lost, kept = error, len(list(place.glob("*.json")))
+            if not kept:
+                raise
+            order = msgspec.structs.replace(order, steps=kept)
         reply = call(
             session,
             observer,
             "weft.equivalence:compare",
-            payload,
-            "in one process, on the joined batch of all workers",
-            "comparing",
+            msgspec.to_builtins(order),
+            doing="in one process, on the joined batch of all workers",
+            who="comparing",
         )
     except BaseException:
         session.kill()  # nobody writes there any more
@@ -169,11 +186,13 @@ def check(prepared: Prepared, folder: RunFolder, session: Session, observer: Obs
         shutil.rmtree(place, ignore_errors=True)
     found = msgspec.convert(reply["found"], Equivalence, strict=False)
     if not found.holds:
-        raise NotEquivalent(refusal(found, facts, loop), parameter=found.worst.name)
+        raise NotEquivalent(refusal(found, facts, loop), parameter=found.worst.name) from lost
+    if lost is not None:
+        raise lost
     return found
 
 
-def make_room(place: Any, nbytes: int) -> None:
+def make_room(place: Path, nbytes: int) -> None:
     """For the gradients of all steps, until each is compared."""
     try:
         shutil.rmtree(place, ignore_errors=True)  # of a check that was killed
@@ -227,7 +246,7 @@ def cause(found: Equivalence, facts: Facts, loop: Loop) -> str:
     if found.agrees_by_shares and running:
         return (
             f"One process that takes the batch share by share gets what the workers get, and the model has running buffers ({running[0]}): "
-            "BatchNorm normalises each worker's share by itself. Use a norm of single examples (GroupNorm, LayerNorm), or larger shares."
+            "BatchNorm normalises each worker's share by itself. Use a norm of single examples (GroupNorm, LayerNorm)."
         )
     if found.agrees_by_shares:
         return (
