@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
+from weft.config import CHECKED_STEPS
 from weft.errors import CheckpointError, ConfigError, WeftError
 
 if TYPE_CHECKING:
@@ -104,6 +107,20 @@ MetricsPort = Annotated[
     int,
     typer.Option(help="serve Prometheus metrics on this port of the loopback address (0: any free; -1: none)"),
 ]
+CheckEquivalence = Annotated[
+    int,
+    typer.Option(
+        metavar="[K]",
+        help=f"first compare K steps with one process's, gradient by gradient, and do not train if they differ [K: {CHECKED_STEPS}]",
+        show_default=False,
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="of --check-equivalence: largest difference, relative to the gradient's norm [default: by dtype]"
+    ),
+]
 RunDir = Annotated[Path | None, typer.Option(help="folder of the run [default: a new one in runs/]")]
 Cluster = Annotated[
     str,
@@ -119,6 +136,16 @@ Json = Annotated[
     typer.Option("--json", help="print the result, or the error, as one JSON object, the last line of stdout"),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
+
+
+class _TrainingCommand(TyperCommand):
+    """Typer has no options whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for here, arg in enumerate(args):
+            if arg == "--check-equivalence" and not re.match(r"[-+]?\d", "".join(args[here + 1 : here + 2])):
+                args = [*args[:here], f"{arg}={CHECKED_STEPS}", *args[here + 1 :]]
+        return super().parse_args(ctx, args)
 
 
 def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], None]) -> Callable[..., None]:
@@ -153,6 +180,8 @@ def _training_command(act: Callable[[Config, Session, _Terminal, Path | None], N
         tensorboard: TensorBoard = False,
         metrics_port: MetricsPort = -1,
         insecure: Insecure = False,
+        check_equivalence: CheckEquivalence = 0,
+        tolerance: Tolerance = None,
         run_dir: RunDir = None,
         cluster: Cluster = "auto",
         json_: Json = False,
@@ -200,6 +229,8 @@ SETTINGS = (
         "tensorboard",
         "metrics_port",
         "insecure",
+        "check_equivalence",
+        "tolerance",
     ),
 )
 
@@ -224,8 +255,8 @@ def _explain(config: Config, session: Session, terminal: _Terminal, run_dir: Pat
         terminal.print_json(msgspec.to_builtins(plan))
 
 
-app.command("run")(_training_command(_run))
-app.command("explain")(_training_command(_explain))
+app.command("run", cls=_TrainingCommand)(_training_command(_run))
+app.command("explain", cls=_TrainingCommand)(_training_command(_explain))
 
 
 @app.command()

@@ -41,6 +41,9 @@ def check(config: Config) -> None:
     _at_least("keep", config.keep, 1)
     _at_least("restarts", config.restarts, 0)
     _at_least("eval-every", config.eval_every, 0)
+    _at_least("check-equivalence", config.check_equivalence, 0)
+    if config.tolerance is not None:
+        _check_tolerance(config.tolerance, config.check_equivalence)
     if config.save_every is not None:
         _at_least("save-every", config.save_every, 0)
     if config.workers > MAX_WORKERS:
@@ -128,6 +131,17 @@ def _check_balance(config: Config) -> None:
         raise Incompatible(
             f"balance 'auto' needs every worker's time at each step, which pattern {config.pattern!r} does not "
             f"go by: use --pattern {can}, or leave --balance out."
+        )
+
+
+def _check_tolerance(tolerance: float, steps: int) -> None:
+    if not 0 <= tolerance < 1:
+        raise ConfigError(
+            f"tolerance={tolerance} is not possible: give the largest difference of gradients, relative to their norm, from 0 to below 1."
+        )
+    if not steps:
+        raise Incompatible(
+            f"tolerance={tolerance} is that of a comparison which was not asked for: add --check-equivalence."
         )
 
 

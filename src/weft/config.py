@@ -65,6 +65,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tensorboard: bool = False
     metrics_port: int = -1  # serve Prometheus metrics on it; 0: any free port, -1: no
     insecure: bool = False
+    check_equivalence: int = 0  # steps that are compared with one process's before the run; 0: none
+    tolerance: float | None = None  # of that comparison; None: by dtype
     cluster: str = "local"
     faults: list[dict[str, Any]] = []
     measured: Measured | None = None  # not asked for: found
@@ -84,8 +86,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 CONFIG, DATA, RESULT, EVENTS, PLAN = "config.json", "data.json", "result.json", "events.jsonl", "plan.json"
 CHECKPOINTS, LOGS, SPANS, TENSORBOARD = "checkpoints", "logs", "spans", "tensorboard"
 TRACE, REPORT, HANG = "trace.json", "report.html", "hang.txt"
+CHECKED_STEPS = 3  # of --check-equivalence without a number
+EQUIVALENCE = ".equivalence"  # gradients to be compared, before the run
 LOCK = ".lock"
-PARTS = (LOCK, CONFIG, DATA, RESULT, EVENTS, PLAN, CHECKPOINTS, LOGS, SPANS, TENSORBOARD, TRACE, REPORT, HANG)
+PARTS = (
+    LOCK,
+    CONFIG,
+    DATA,
+    RESULT,
+    EVENTS,
+    PLAN,
+    CHECKPOINTS,
+    LOGS,
+    SPANS,
+    TENSORBOARD,
+    TRACE,
+    REPORT,
+    HANG,
+    EQUIVALENCE,
+)
 
 
 def part_of(rank: int) -> str:

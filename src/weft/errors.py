@@ -9,6 +9,7 @@ WeftError                     .code = exit status of the command line
 ├── RunFolderError            a folder that is not a run, or a run that cannot be used so
 ├── CheckpointError           a checkpoint cannot be written or found
 │   └── DamagedCheckpoint     its bytes are not those that were saved (names the file and the tensor)
+├── NotEquivalent             the layout's gradients are not those of one process (`--check-equivalence`)
 ├── CommError                 between members
 │   ├── PeerLost              the other side is gone
 │   ├── DeadlineExceeded      the other side did not come in time
@@ -75,6 +76,16 @@ class CheckpointError(WeftError):
 
 class DamagedCheckpoint(CheckpointError):
     pass
+
+
+class NotEquivalent(WeftError):
+    """``parameter``: the one whose gradient differs most."""
+
+    code = 3
+
+    def __init__(self, message: str, *, parameter: str = "") -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class CommError(WeftError):

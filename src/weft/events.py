@@ -14,6 +14,7 @@ Kinds and their ``values``:
             rss_bytes, peak_rss_bytes; with a GPU gpu_bytes, peak_gpu_bytes and, where it can be told, gpu_percent
   measured  before the run: world, carrier, latency_s, bytes_per_s (of each worker's link, while all use theirs); where
             `compress=auto`: compress, why, ways (what each candidate would send and compute in an exchange)
+  equivalence before the run: text, detail; tolerance, steps (each: difference, loss, loss_difference, name, shape, worst, own), by_shares
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step

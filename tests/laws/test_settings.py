@@ -45,6 +45,8 @@ CHANGES: dict[str, Any] = {
     "tensorboard": True,
     "metrics_port": 0,
     "insecure": True,
+    "check_equivalence": 2,
+    "tolerance": 0.1,
     "cluster": "local",
     "faults": [kill(rank=1, step=3)],
 }

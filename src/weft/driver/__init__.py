@@ -5,6 +5,7 @@ This is the launcher's side. It does not import torch: models live in the member
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ import msgspec
 from weft import compat, cost
 from weft.clusters import pick_cluster, under_torchrun
 from weft.clusters.base import Cluster, Session
-from weft.config import DATA, PLAN, Config, RunFolder
+from weft.config import CHECKED_STEPS, DATA, PLAN, Config, RunFolder
+from weft.driver import equivalence
 from weft.driver.prepare import find_checkpoint, prepare
 from weft.driver.probe import survey
 from weft.driver.requests import make_config, open_cluster, refer
@@ -69,6 +71,8 @@ def run(
     tensorboard: bool = False,
     metrics_port: int = -1,
     insecure: bool = False,
+    check_equivalence: int | bool = 0,
+    tolerance: float | None = None,
     run_dir: str | Path | None = None,
     faults: Sequence[Fault] = (),
     observer: Observer | None = None,
@@ -84,9 +88,10 @@ def run(
     bounds every wait of one member for another. ``balance="auto"``: each worker's share of a batch follows its measured
     speed, with the same update. ``collective``: how an exchange by messages travels (direct, tree, ring, halving; auto chooses by
     size, world and speed). ``trace``: record what each member does when, into trace.json; ``tensorboard``: write its
-    events; ``metrics_port``: serve Prometheus (0: any free port, -1: no). ``faults``: from weft.testing, for trials of recovery.
+    events; ``metrics_port``: serve Prometheus (0: any free port, -1: no). ``check_equivalence``: compare the gradients of so many steps
+    (True: 3) with those of one process first, to ``tolerance`` (None: by dtype). ``faults``: from weft.testing, for trials of recovery.
 
-    Raises ConfigError, TaskError or DataError before any worker starts; MemberFailed when a member fails and no restart
+    Raises ConfigError, TaskError or DataError before any worker starts; NotEquivalent before the first step; MemberFailed when a member fails and no restart
     is left; Interrupted when the user stopped it (the run can be resumed).
 
         result = weft.run("digits", workers=2, epochs=3)
@@ -120,6 +125,8 @@ def run(
         tensorboard=tensorboard,
         metrics_port=metrics_port,
         insecure=insecure,
+        check_equivalence=CHECKED_STEPS if check_equivalence is True else check_equivalence or 0,
+        tolerance=tolerance,
         faults=[f.to_dict() for f in faults],
     )
     with open_cluster(config, cluster) as session:
@@ -296,6 +303,8 @@ def train(
     with exported(config, folder, observer) as observers:
         found = find_checkpoint(session, folder, observers) if resumes else None
         prepared = prepare(config, session, observers, folder)
+        if prepared.config.check_equivalence and not resumes:
+            prepared = dataclasses.replace(prepared, equal=equivalence.check(prepared, folder, session, observers))
         folder.write_config(prepared.config)
         folder.write(PLAN, prepared.plan)
         if prepared.facts.indexes:

@@ -17,18 +17,25 @@ GRACE_S = 1.0  # for the culprit of a failure to speak after its echoes
 SILENCE_S = 30.0  # beyond the deadline: every wait of a member has one of its own
 
 
-def call(session: Session, observer: Observer, entry: str, payload: dict[str, Any]) -> dict[str, Any]:
+def call(
+    session: Session,
+    observer: Observer,
+    entry: str,
+    payload: dict[str, Any],
+    doing: str = "in its first step",
+    who: str = "preflight",
+) -> dict[str, Any]:
     """Run an entry in a throw-away member; its error is raised here."""
     ask = Call(session, lambda output: observer.on_output(output.member, output.text))
     ended = ask(entry, payload)
     if ended.error is not None:
         error = errors.from_wire(ended.error)
         if not hasattr(errors, ended.error["kind"]):
-            raise TaskError(f"the task failed in its first step:\n{ended.error['traceback'].rstrip()}")
+            raise TaskError(f"the task failed {doing}:\n{ended.error['traceback'].rstrip()}")
         raise error
     if ended.failed:
-        failure = failure_of(ended, "preflight")
-        raise MemberFailed(f"the preflight process was lost: {failure.cause}", cause=failure.cause)
+        failure = failure_of(ended, who)
+        raise MemberFailed(f"the {who} process was lost: {failure.cause}", cause=failure.cause)
     return ask.reply
 
 
@@ -39,10 +46,12 @@ def call_all(
     payload: dict[str, Any],
     links: Sequence[LinkSpec],
     on_message: Callable[[dict[str, Any]], None],
+    doing: str = "while the link was measured",
+    silence_s: float = SILENCE_S,
 ) -> None:
     """Run an entry in a throw-away member for each of the first link's, and hear what they say until all have ended.
 
-    Raises MemberFailed, naming the culprit; DeadlineExceeded where nobody says anything for too long.
+    Raises MemberFailed, naming the culprit; DeadlineExceeded where nobody says anything for ``silence_s`` beyond the deadline.
     """
     world, deadline_s = links[0].world, links[0].deadline_s
     session.start([MemberSpec(m, "worker", entry, payload) for m in range(world)], links)
@@ -66,21 +75,19 @@ def call_all(
                     failures.append(failure_of(event, "worker"))
         now = time.monotonic()
         known = failures and (not culprit(failures).is_echo or now - first_failure > GRACE_S)
-        if alive and not killed and (known or now - heard > deadline_s + SILENCE_S):
+        if alive and not killed and (known or now - heard > deadline_s + silence_s):
             session.kill()
             killed = True
     if failures:
         failure = culprit(failures)
         raise MemberFailed(
-            f"worker {failure.member} failed while the link was measured: {failure.cause}",
+            f"worker {failure.member} failed {doing}: {failure.cause}",
             member=failure.member,
             cause=failure.cause,
             traceback=failure.traceback,
         )
     if killed:
-        raise DeadlineExceeded(
-            f"the link could not be measured: nothing was heard of the workers for {deadline_s + SILENCE_S:g} s"
-        )
+        raise DeadlineExceeded(f"nothing was heard of the workers for {deadline_s + silence_s:g} s {doing}")
 
 
 def failure_of(event: Exited, role: str) -> Failure:

@@ -15,6 +15,7 @@ from weft.clusters import pick_carrier
 from weft.clusters.base import LinkSpec, Session, hosts_of
 from weft.comm.link import WORLD
 from weft.config import Config, RunFolder
+from weft.driver import equivalence
 from weft.driver.calls import call
 from weft.driver.probe import resolve
 from weft.events import Event
@@ -49,6 +50,7 @@ class Prepared:
     total_steps: int
     save_every: int
     news: dict[str, Any] | None = None  # what was measured before
+    equal: equivalence.Equivalence | None = None  # to one process, where that was asked for
 
 
 def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
@@ -86,10 +88,12 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     links[0] = dataclasses.replace(links[0], speed=resolved.speed)
     pattern.check(facts, config)
     total = config.total_steps(facts.train_examples)
+    compared = equivalence.announce(config, facts, pattern, total)
     save_every = save_interval(config, total, pattern.period(facts, config))
     plan = make_plan(config, facts, pattern, links, total, save_every, why, session.notes)
     if resolved.choice:
         plan.choices["compress"] = resolved.choice
+    plan.choices.update(compared)
     if isinstance(observer, Observers):
         plan.choices.update(observer.choices)
     observer.on_plan(plan)

@@ -22,7 +22,8 @@ TRAIN_LOSS_STEPS = 50
 @dataclass(frozen=True)
 class RunResult:
     """``loss`` and ``metrics``: on held-out data; ``train_loss``: mean over the last 50 steps; ``bytes_sent``: by all
-    members; ``seconds``: from starting the members to the end; ``bottleneck``: what limited it, and what would help."""
+    members; ``seconds``: from starting the members to the end; ``bottleneck``: what limited it, and what would help;
+    ``equivalence``: to one process, in words, where that was checked."""
 
     loss: float
     train_loss: float
@@ -35,11 +36,22 @@ class RunResult:
     run_dir: str
     bottleneck: str = ""
     notes: dict[str, float] = field(default_factory=dict)
+    equivalence: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """One flat object; the task's metrics stand in it by their names."""
         own = {"loss": self.loss, "train_loss": self.train_loss}
-        rest = ("steps", "seconds", "examples_per_s", "bytes_sent", "world", "run_dir", "bottleneck", "notes")
+        rest = (
+            "steps",
+            "seconds",
+            "examples_per_s",
+            "bytes_sent",
+            "world",
+            "run_dir",
+            "bottleneck",
+            "notes",
+            "equivalence",
+        )
         return own | self.metrics | {k: getattr(self, k) for k in rest}
 
     @classmethod
@@ -58,6 +70,7 @@ class Totals:
         self.losses: deque[tuple[int, float]] = deque(maxlen=4 * TRAIN_LOSS_STEPS)
         self.bytes_sent = 0
         self.metrics: dict[str, float] = {}
+        self.equivalence = ""
         self.step = 0
         self.spent: dict[int, Spent] = {}  # by member, without step 1, which warms up
         self.saving_s = 0.0
@@ -69,6 +82,8 @@ class Totals:
         if event.kind == "started" and event.member == 0:
             self._marks = [(event.time, 0.0)]
         values = event.values
+        if event.kind == "equivalence":
+            self.equivalence = values["text"]
         if event.kind == "loss" or event.member == 0:
             self.losses += losses_of(event)
         if event.kind == "saved" and event.step < self.total_steps:  # what comes last makes nobody wait for a step

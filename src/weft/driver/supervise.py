@@ -94,6 +94,8 @@ class Driver:
             self.tell("collective", **chosen)
         if self.prepared.news:
             self.tell("measured", **self.prepared.news)
+        if self.prepared.equal:
+            self.tell("equivalence", **self.prepared.equal.values)
         self.interrupts.training = True
         try:
             if found:
@@ -318,6 +320,7 @@ class Driver:
             run_dir=str(self.folder.path),
             bottleneck=self.bottleneck(),
             notes=self.prepared.facts.notes,
+            equivalence=self.totals.equivalence,
         )
 
 

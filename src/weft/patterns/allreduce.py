@@ -125,6 +125,11 @@ class AllReduce(Pattern):
     def clips(self) -> bool:
         return self.clip_norm is not None
 
+    def differs(self, facts: Facts, steps: int) -> str:
+        if self.compress == NONE:
+            return ""
+        return f"compress={self.compress} changes what a step is given: check without it, all else is the same"
+
     def unshared(self, facts: Facts, workers: int, carrier: str) -> str:
         """Why each worker steps all parameters; empty: they share the step."""
         if self.shared_step == "off":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weft.sections import Section
     from weft.spans import Spans
     from weft.task import Task
+    from weft.update import Update
 
 Tier = Literal["stable", "beta", "contrib"]
 
@@ -196,6 +197,9 @@ class Context:
     groups: Mapping[str, Link] = field(default_factory=dict)  # the smaller groups it stands in, by name
     resume: Resume | None = None
     spans: Spans | None = None  # of a traced run
+    watch: Callable[[Replica, Exchange, Update], None] | None = (
+        None  # sees each step's joined update before it is applied
+    )
 
 
 @dataclass(frozen=True)
@@ -298,6 +302,10 @@ class Pattern(ABC):
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
         """What it chose where it had a choice, and why, for the plan. Refuses what was asked for and cannot be over this carrier."""
         return {}
+
+    def differs(self, facts: Facts, steps: int) -> str:
+        """Why its first ``steps`` updates are not those of one process on the joined batches; empty: but for rounding they are."""
+        return f"{self.name} promises no step of one process"
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         """Policies that touch this model, in words, for the plan."""

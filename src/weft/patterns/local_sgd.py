@@ -136,6 +136,14 @@ class LocalSGD(Pattern):
         """Updates made together before the workers part."""
         return self.start if self.start != "lr_drop" else facts.rate_drops_at or 0
 
+    def differs(self, facts: Facts, steps: int) -> str:
+        if self.begins(facts) >= steps:
+            return ""
+        return (
+            f"from step {self.begins(facts) + 1} on localsgd's workers step by their own gradients (every={self.every}), "
+            "which is another algorithm than one process's: check --pattern allreduce"
+        )
+
     def period(self, facts: Facts, config: Config) -> int:
         return config.steps_per_epoch(facts.train_examples or 1) if self.every == "epoch" else self.every
 

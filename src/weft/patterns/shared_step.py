@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -194,6 +194,16 @@ class SharedMean(JoinedMean):
             for clip in self.clips:
                 clip.norm = math.sqrt(square.item())
         return joined
+
+    def whole(self, update: Update) -> Iterator[tuple[str, Tensor]]:
+        """``update`` is of this rank's slices; what the others have summed lies beside it."""
+        flat = self.arena.whole(self.link, {})
+        if flat is None:
+            return
+        for name, start in self.arena.starts.items():
+            if self.presence[self.position[name]]:
+                p = self.replica.params[name]
+                yield name, flat[start : start + p.numel()].view(p.shape)
 
     def parameters(self, step: int) -> None:
         """All parameters are stepped before any is used."""

@@ -81,6 +81,9 @@ class SplitPattern(Pattern):
     def clips(self) -> bool:
         return self.clip_norm is not None
 
+    def differs(self, facts: Facts, steps: int) -> str:
+        return ""
+
     def roles(self, workers: int) -> tuple[Role, ...]:
         does = "holds its part of the model, trains on its share of each batch"
         return (Role("worker", workers, "weft.patterns.training:train", does),)

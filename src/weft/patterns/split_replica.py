@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -260,7 +260,7 @@ class SplitReplica(Replica):
             for key, kind in told[holder][0][name].items():
                 if kind == LARGE:
                     value = (
-                        own["state"][name][key] if here else torch.empty(params[name].shape, dtype=self._dtype(name))
+                        own["state"][name][key] if here else torch.empty(params[name].shape, dtype=self.dtype_of(name))
                     )
                     large[key] = (placed(value, self.params[name]) if here and self.parts else value, holder)
             states[name] = {
@@ -272,7 +272,7 @@ class SplitReplica(Replica):
         ]
         return {"state": states, "param_groups": groups}
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, next(p.dtype for p in self.ctx.facts.params if p.name == name)))
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
@@ -345,6 +345,24 @@ class SplitMean(JoinedMean):
                 clip.norm = self._norm(grads)
         stepped = {n: Dense(local(grad) if replica.parts else grad) for n, grad in grads.items()}
         return Update(cast(Any, stepped), sum(replica.report.weights), update.version)
+
+    def whole(self, update: Update) -> Iterator[tuple[str, Tensor]]:
+        replica, own = self.replica, dict(named(update))
+        row, place = replica.link_on(PIPELINE), replica.place[PIPELINE]
+        params = {p.name: p for p in replica.ctx.facts.params}
+        known = tell_all(row, list(own))
+        for name in replica.names:
+            holder = replica.holders(name)[0]
+            if name not in known[holder]:
+                continue
+            tensor = torch.empty(params[name].shape, dtype=replica.dtype_of(name))
+            if holder == place:
+                part = own[name]
+                tensor = whole(part if isinstance(part, DTensor) else placed(part, replica.params[name]))
+            if row.world > 1:
+                row.broadcast([tensor], holder)
+            if self.link.rank == 0:
+                yield name, tensor
 
     def _norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Of the whole gradient, of which each rank holds a part; what several hold counts once."""

@@ -31,7 +31,7 @@ from weft.patterns.feeds import make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
-from weft.update import Dense, Rows, Transform, Update, apply_all
+from weft.update import Dense, Entry, Rows, Transform, Update, apply_all
 
 AS_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 EVAL_SHARE = 4  # evaluation keeps no activations: it takes this many times a training share at once
@@ -260,9 +260,7 @@ class Replica:
                 if p.grad is not entry.tensor:
                     p.grad = entry.tensor
             else:
-                p.grad = torch.sparse_coo_tensor(
-                    entry.indices[None], entry.values, entry.shape, is_coalesced=True, check_invariants=False
-                )
+                p.grad = coalesced(entry)
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -374,6 +372,12 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
         """Between backward and the optimizer."""
         return update
 
+    def whole(self, update: Update) -> Iterator[tuple[str, Tensor]]:
+        """What ``update``, as ``gradients`` returned it, holds of the joined gradient: dense, by parameter name, one after the
+        other, on rank 0. All ranks go through it to the end, before they apply the update."""
+        for name, entry in update.entries.items():
+            yield name, dense(entry)
+
     def parameters(self, step: int) -> None:
         """After ``step`` updates."""
 
@@ -450,7 +454,10 @@ def train(ctx: Context) -> Iterator[SafePoint]:
         while replica.step < ctx.total_steps:
             meter.begin()
             report = replica.report = StepReport()
-            replica.apply(exchange.gradients(replica.gradients()))
+            update = exchange.gradients(replica.gradients())
+            if ctx.watch is not None:
+                ctx.watch(replica, exchange, update)
+            replica.apply(update)
             exchange.parameters(replica.step)
             ended = replica.step == ctx.total_steps
             if ended or exchange.stop:
@@ -465,6 +472,17 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 def own_share(n: int, rank: int, world: int, neighbours: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
     """A rank's share of 0..n-1: every ``world``-th, or, where neighbours are read together, one stretch."""
     return np.arange(n * rank // world, n * (rank + 1) // world) if neighbours else np.arange(rank, n, world)
+
+
+def coalesced(rows: Rows) -> Tensor:
+    """Of rows that are sorted and different."""
+    return torch.sparse_coo_tensor(
+        rows.indices[None], rows.values, rows.shape, is_coalesced=True, check_invariants=False
+    )
+
+
+def dense(entry: Entry) -> Tensor:
+    return entry.tensor if isinstance(entry, Dense) else coalesced(entry).to_dense()
 
 
 def sparse_rows(name: str, p: nn.Parameter) -> Rows:

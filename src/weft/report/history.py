@@ -180,6 +180,8 @@ def describe(event: Event) -> str | None:
             return ", ".join(f"{name} {format_metric(number(value))}" for name, value in values.items())
         case "saved":
             return f"{format_bytes(values['bytes'])} in {format_seconds(values['seconds'])}: {values['path']}"
+        case "equivalence":
+            return f"{values['text']}: {values['detail']}"
         case "resumed":
             return f"from {values['path']}"
         case "restarted":

@@ -170,6 +170,8 @@ class Page:
             rows.append(("peak memory", f"{format_bytes(peak)} a process"))
         if h.started_at is not None:
             rows.append(("started", f"{datetime.datetime.fromtimestamp(h.started_at).astimezone():%Y-%m-%d %H:%M:%S}"))
+        if equivalence := self.result.get("equivalence"):
+            rows.append(("checked", equivalence))
         if h.launches > 1:
             rows.append(("launches", str(h.launches)))
         return rows

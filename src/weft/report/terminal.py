@@ -53,6 +53,7 @@ RESULT_KEYS = {
         "run_dir",
         "bottleneck",
         "notes",
+        "equivalence",
     )
 }
 
@@ -194,6 +195,8 @@ class LiveView:
                 return Text(f"step {step}: saved {format_bytes(values['bytes'])} in {seconds}")
             case "balance":
                 return Text(f"step {step}: {values['reason']}")
+            case "equivalence":
+                return Text(f"{values['text']}: {values['detail']}")
             case "resumed":
                 return Text(f"resumed at step {values['step']} from {values['path']}", "bold")
             case "restarted":
@@ -294,6 +297,8 @@ def closing_summary(result: Mapping[str, Any], summary: Summary, plan: Plan) -> 
         rows += [("time", _shares_text(summary.shares)), ("sent", _sent(summary))]
     if summary.balances:
         rows.append(("shares", _shares_of_batch(summary)))
+    if result.get("equivalence"):
+        rows.append(("checked", result["equivalence"]))
     if result.get("bottleneck"):
         rows.append(("bottleneck", Text(result["bottleneck"], "bold")))
     rows += [
