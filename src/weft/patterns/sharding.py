@@ -133,19 +133,9 @@ class ShardedReplica(Replica):
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         own = self.model.state_dict()
-        self._same_names(own, state)
         with torch.no_grad():
             for name, value in own.items():
                 local(value).copy_(local(part_of(state[name], value)))
-
-    @staticmethod
-    def _same_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        wrong = [
-            name for name in own.keys() | state.keys()
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        ]  # fmt: skip
-        if wrong:
-            raise RuntimeError(f"{', '.join(sorted(wrong)[:5])} differ in name or shape")
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         parts = {
