@@ -16,7 +16,7 @@ Kinds and their ``values``:
             `compress=auto`: compress, why, ways (what each candidate would send and compute in an exchange)
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
-  resumed   path, step
+  resumed   path, step; pattern, world: what saved it
   failed    cause, traceback
   restarted attempt, from_step
   warning   text

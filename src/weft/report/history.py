@@ -181,7 +181,8 @@ def describe(event: Event) -> str | None:
         case "saved":
             return f"{format_bytes(values['bytes'])} in {format_seconds(values['seconds'])}: {values['path']}"
         case "resumed":
-            return f"from {values['path']}"
+            by = f", saved by {values['pattern']} with {values['world']} workers" if "pattern" in values else ""
+            return f"from {values['path']}{by}"
         case "restarted":
             return f"attempt {values['attempt']}, from step {values['from_step']}: {values.get('reason', '')}".rstrip(
                 ": "
