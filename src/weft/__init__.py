@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from weft.patterns.allreduce import AllReduce as AllReduce
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
+    from weft.patterns.mesh import Mesh as Mesh
+    from weft.patterns.pipeline import Pipeline as Pipeline
     from weft.patterns.sharded import Sharded as Sharded
+    from weft.patterns.tensor import Tensor as Tensor
     from weft.task import Defaults as Defaults
     from weft.task import Task as Task
 
@@ -37,11 +40,14 @@ _HOMES = {
     "Local": "weft.clusters.local",
     "LocalSGD": "weft.patterns.local_sgd",
     "MemberFailed": "weft.errors",
+    "Mesh": "weft.patterns.mesh",
     "Outer": "weft.patterns.local_sgd",
+    "Pipeline": "weft.patterns.pipeline",
     "RunResult": "weft.driver",
     "Sharded": "weft.patterns.sharded",
     "Task": "weft.task",
     "TaskError": "weft.errors",
+    "Tensor": "weft.patterns.tensor",
     "Torchrun": "weft.clusters.torchrun",
     "WeftError": "weft.errors",
     "export": "weft.exporting",

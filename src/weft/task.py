@@ -67,6 +67,14 @@ class Task(ABC):
         inside another. Without this method they are found: the children of the outermost ModuleLists and Sequentials."""
         return ()
 
+    def tensor_plan(self, model: torch.nn.Module) -> Mapping[str, str]:
+        """How tensor parallelism shall cut the model, by module (``*`` stands for any part of a name): "column" and "row" for Linears,
+        "embedding" for Embeddings, "head" for the Linear whose outputs the cross entropy takes. Without this method it is found.
+
+            def tensor_plan(self, model): return {"layers.*.up": "column", "layers.*.down": "row"}
+        """
+        return {}
+
     #: Turns a list of examples into a batch; None is torch's default_collate.
     collate: Callable[[list[Any]], Any] | None = None
 

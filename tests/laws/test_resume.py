@@ -15,7 +15,7 @@ from tests.laws.reference import Regression, distance, seed, train_apart, train_
 from torch import Tensor, nn
 
 import weft
-from weft import AllReduce, LocalSGD, Outer, Sharded
+from weft import AllReduce, LocalSGD, Mesh, Outer, Pipeline, Sharded
 from weft.codecs import spec
 from weft.compare import diff_runs, final_parameters
 from weft.config import RunFolder
@@ -49,6 +49,9 @@ LAYOUTS: dict[str, tuple[Pattern, int]] = {
     "clipped-2": (AllReduce(clip_norm=1e6), 2),
     "sharded-2": (Sharded(), 2),
     "sharded-4": (Sharded(replicas=2), 4),
+    "tensor-2": (weft.Tensor(), 2),
+    "mesh-4": (Mesh(data=2, tensor=2), 4),
+    "pipeline-2": (Pipeline(), 2),
 }
 #: These equal one process if its optimizer is linear in the gradients, as SGD is.
 LINEAR: dict[str, tuple[Pattern, int]] = {
@@ -56,7 +59,12 @@ LINEAR: dict[str, tuple[Pattern, int]] = {
     "islands-4": (LocalSGD(every=1, island=2), 4),
 }
 ALL = LAYOUTS | LINEAR
-CORE = [("allreduce-2", "sharded-4"), ("sharded-4", "localsgd-2"), ("islands-4", "allreduce-3"), ("sharded-2", "one")]
+CORE = [
+    ("allreduce-2", "sharded-4"),
+    ("sharded-4", "localsgd-2"),
+    ("islands-4", "allreduce-3"),
+    ("pipeline-2", "mesh-4"),
+]
 
 
 def pairs(names: dict[str, Any], core: list[tuple[str, str]]) -> list[Any]:
@@ -69,10 +77,13 @@ def firsts(names: Iterable[str], core: Collection[str]) -> list[Any]:
 
 
 class Split(Regression):
-    """Blocks of odd sizes, one frozen; outside them a parameter and a weight that has two names."""
+    """Blocks, some of odd sizes, one frozen; outside them a parameter and a weight that has two names."""
 
     def model(self) -> nn.Module:
         return SplitNet()
+
+    def tensor_plan(self, model: nn.Module) -> dict[str, str]:
+        return {"layers.0": "column", "layers.1": "row"}
 
 
 class SplitNet(nn.Module):
@@ -81,7 +92,7 @@ class SplitNet(nn.Module):
         self.scale = nn.Parameter(torch.ones(6))
         self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
         self.last.weight = self.first.weight
-        self.layers = nn.ModuleList([nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 5), nn.Linear(5, 6)])
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 5), nn.Linear(5, 6)])
         self.layers[2].requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -384,14 +395,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
 class Wider(Split):
     def model(self) -> nn.Module:
         model = super().model()
-        model.layers = nn.ModuleList([model.layers[0], nn.Linear(7, 9), nn.Linear(9, 9), nn.Linear(9, 6)])
+        model.layers = nn.ModuleList([model.layers[0], nn.Linear(8, 10), nn.Linear(10, 9), nn.Linear(9, 6)])
         model.more = nn.Linear(2, 2)
         return model
 
 
 ANOTHER = (
     r"of another model: more\.bias \(only in the task's model\), more\.weight \(only in the task's model\), layers\.1\.weight has "
-    r"shape \(5, 7\) in the checkpoint and \(9, 7\) in the task's model, layers\.1\.bias .*, layers\.2\.weight .* and 2 more\. Resume"
+    r"shape \(5, 8\) in the checkpoint and \(10, 8\) in the task's model, layers\.1\.bias .*, layers\.2\.weight .* and 2 more\. Resume"
 )
 
 

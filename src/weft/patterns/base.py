@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,61 @@ class BufferFact(msgspec.Struct, frozen=True):
     running: bool
 
 
+class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model's tensors can be cut over workers, as a rehearsal has shown (patterns/tensors.py)."""
+
+    styles: dict[str, str]  # by module: column, row, embedding, head
+    parameters: list[str]  # those that are cut
+    exchanged: int  # bytes that a step all-reduces, forward and backward, for one share
+    exchanges: int
+    activation_bytes: int  # on one worker, for one share
+    left: dict[str, str] = {}  # large modules that stay whole, and why
+
+    def in_words(self) -> list[str]:
+        """For the plan."""
+        by_style: dict[str, list[str]] = {}
+        for name, style in self.styles.items():
+            by_style.setdefault(style, []).append(name)
+        words = {
+            "column": "cut by columns",
+            "row": "cut by rows",
+            "embedding": "embeddings cut by rows",
+            "head": "head cut by classes",
+        }
+        result = [f"{words[style]}: {summed_up(names)}" for style, names in by_style.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        return result + [f"whole on every worker: {summed_up(names)} ({why})" for why, names in reasons.items()]
+
+
+class ItemFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What a part of a model between two possible cuts takes for one micro-batch."""
+
+    name: str
+    forward_s: float
+    input_gradient_s: float
+    weight_gradient_s: float
+    output_bytes: int
+    activation_bytes: int
+
+
+class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model can be cut into stages (patterns/stages.py)."""
+
+    items: list[ItemFact]
+    uses: dict[str, list[int]]  # at which items each parameter and buffer is used
+    made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
+    examples: int  # of a micro-batch as it was measured
+    microbatches: int = 0  # of a share
+    cores: int = 1  # of the host that measured
+
+
+def summed_up(names: Iterable[str]) -> str:
+    """ "blocks.*.up, blocks.*.down": names that differ in their numbers alone, once."""
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What one throw-away step taught about the task, before any worker starts."""
 
@@ -87,6 +143,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
     momentum_stays: str = ""  # why it could not, where there is none
     blocks: dict[str, int] = {}  # bytes of each, for a pattern that takes the model apart (patterns/blocks.py)
+    tensor: TensorFacts | None = None  # of a pattern that cuts tensors
+    pipeline: PipelineFacts | None = None  # of a pattern that cuts the model into stages
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
@@ -216,7 +274,7 @@ class Pattern(ABC):
     nests: ClassVar[tuple[str, ...]] = ()  # options that are patterns themselves
     #: What `compress=auto` may become, the gentlest first: codecs whose learning is known to stay near that of whole gradients.
     auto_compress: ClassVar[tuple[str, ...]] = ()
-    #: It takes the model apart, and wants to know at which blocks it may (Facts.blocks).
+    #: Its workers hold parts of one model, and need a process each.
     splits: ClassVar[bool] = False
     #: Its exchange tells all ranks each one's seconds, so that shares may follow them (--balance auto).
     balances: ClassVar[bool] = False
@@ -226,6 +284,19 @@ class Pattern(ABC):
 
     @abstractmethod
     def roles(self, workers: int) -> tuple[Role, ...]: ...
+
+    def shares(self, workers: int) -> int:
+        """Into how many a joined batch is cut. Workers that hold parts of one model draw the same share."""
+        return workers
+
+    def share_of(self, rank: int, workers: int) -> int:
+        """Which share this worker draws."""
+        return rank
+
+    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+        """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. Called in a
+        throw-away process."""
+        return {}
 
     def check(self, facts: Facts, config: Config) -> None:
         """Refuse what this pattern cannot do with this task, before any worker starts."""

@@ -227,7 +227,8 @@ def readable(dataset: Any, index: Index | None) -> Any:
 def make_feed(train: Any, ctx: Context, dtype: torch.dtype) -> Feed:
     """The feed of the task's training set on this rank."""
     config, index = ctx.config, ctx.facts.indexes.get("training")
-    where = (config.batch, ctx.rank, ctx.world, config.seed)
+    place = (ctx.pattern.share_of(ctx.rank, ctx.world), ctx.pattern.shares(ctx.world))
+    where = (config.batch, *place, config.seed)
     batches = Batches(readable(train, index), ctx.task, ctx.device, dtype)
     if isinstance(train, Shards):
         assert index is not None

@@ -58,7 +58,7 @@ class JoinedMean(Exchange):
     def __init__(self, replica: Replica, link: Link, ranks: Sequence[int] | None = None, compress: str = NONE) -> None:
         self.replica, self.link = replica, link
         self.ranks = ranks or range(link.world)
-        self.position = {name: k for k, name in enumerate(replica.params)}
+        self.position = {name: k for k, name in enumerate(replica.names)}
         self.arena: Arena | None = None
         self.compress = compress
         self.took_momentum = False
@@ -112,7 +112,7 @@ class JoinedMean(Exchange):
             self.presence[[self.position[n] for n in update.entries]] = 1.0
         staged = self.running.stage(update.weight / replica.joined)
 
-        self.arena.all_reduce(self.link, [*staged, self.tail], replica.step)
+        self._exchange([*staged, self.tail])
 
         weights, losses, stops, seconds = self.rows.T.tolist()
         replica.report.losses, replica.report.weights = losses, weights
@@ -132,6 +132,10 @@ class JoinedMean(Exchange):
         self.running.take(correction)
         self.given = update if self.narrow else None
         return self._combined(update, correction, present)
+
+    def _exchange(self, beside: list[Tensor]) -> None:
+        assert self.arena is not None
+        self.arena.all_reduce(self.link, beside, self.replica.step)
 
     def _fill_arena(self, update: Update) -> None:
         """A parameter that this rank's examples did not touch adds nothing to the sum."""

@@ -24,11 +24,11 @@ from weft.errors import ConfigError, DataError, Incompatible, TaskError
 from weft.patterns import shared_step
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
-from weft.patterns.blocks import find_blocks
 from weft.patterns.compression import momentum_of, set_momentum
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.randomness import seed_everything
+from weft.patterns.saved import SavedBytes
 from weft.task import Task
 
 
@@ -58,13 +58,15 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
     check_schedule(task.schedule(optimizer, 100), name)
     drop = rate_drop(task, list(params.values()), config.total_steps(data.num_train)) if pattern.goes_by_rate else None
 
-    share = -(-config.batch // config.workers)
+    share = -(-config.batch // pattern.shares(config.workers))
     batches = Batches(data.train, task, device, dtype)
-    batch = (
-        batches(np.arange(min(data.num_train or share, share)))
-        if data.first is None
-        else batches.of(data.first[:share])
-    )
+
+    def batch_of(examples: int) -> Any:
+        if data.first is None:
+            return batches(np.arange(min(data.num_train or examples, examples)))
+        return batches.of(data.first[:examples])
+
+    batch = batch_of(share)
     buffers_before, params_before = snapshot(dict(model.named_buffers())), snapshot(params)
     saved = SavedBytes(model)
     with saved:
@@ -129,9 +131,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         optimizer=type(optimizer).__name__,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
-        blocks={n: sum(nbytes(p) for p in b.parameters()) for n, b in find_blocks(task, model).items()}
-        if pattern.splits
-        else {},
+        **pattern.learn(task, model, batch_of, config),
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)
@@ -371,18 +371,3 @@ def scheduled(
 
 def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd keeps for backward: the activations, each storage once, parameters left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.total = 0
-        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        super().__init__(self._count, lambda t: t)
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided and (key := tensor.untyped_storage().data_ptr()) not in self._seen:
-            self._seen.add(key)
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor

@@ -26,7 +26,7 @@ from weft.data.keys import key_int
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss
-from weft.patterns.feeds import make_feed, readable
+from weft.patterns.feeds import Draw, make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
@@ -95,8 +95,8 @@ class Arena:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that need a gradient, each once (tied ones under their first name)."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+    """Parameters that need a gradient, each once (tied ones under their first name); those that live on this worker."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and not p.is_meta}
 
 
 class Replica:
@@ -104,6 +104,8 @@ class Replica:
 
     #: All workers take part in each forward and backward, those too that have no example left.
     computes_jointly = False
+    #: Groups whose links carry messages while the worker computes: what they take is not the loop's.
+    carried_aside: Collection[str] = ()
 
     def __init__(
         self, ctx: Context, *, accumulate: int = 1, autocast: str = "none", chain: Sequence[Transform] = ()
@@ -111,6 +113,7 @@ class Replica:
         config, task = ctx.config, ctx.task
         self.ctx, self.task, self.link, self.chain = ctx, task, ctx.link, list(chain)
         self.accumulate = accumulate
+        self.share, self.shares = ctx.pattern.share_of(ctx.rank, ctx.world), ctx.pattern.shares(ctx.world)
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         seed_everything(key_int(config.seed, "data"))
         train, test = task.data()
@@ -135,13 +138,13 @@ class Replica:
         self.balancer: Balancer | None = None
         if config.balance == "auto":
             # BatchNorm needs two examples to normalise by, and some more to do it well
-            least = max(2, config.batch // ctx.world // 4) if self.running else 1
-            self.balancer = Balancer(config.batch, ctx.world, least)
+            least = max(2, config.batch // self.shares // 4) if self.running else 1
+            self.balancer = Balancer(config.batch, self.shares, least)
         self.seed = config.seed
-        self.step_seed = key_int(config.seed, "step", ctx.rank) >> 1  # room to add the step
+        self.step_seed = key_int(config.seed, "step", self.share) >> 1  # room to add the step
         self.autocast = autocast == "bf16"
         self.step = 0
-        self.averaged_over = ctx.world  # ranks whose gradients will be joined
+        self.averaged_over = self.shares  # shares whose gradients will be joined
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
         self.epoch_ended = False
         self.report = StepReport()
@@ -149,7 +152,7 @@ class Replica:
         self.applied_s = 0.0  # what the last ``apply`` took
         self.spans = ctx.spans
         self.before_last_backward: Callable[[], None] | None = None  # of a step: from then on its gradients are whole
-        seed_everything(key_int(config.seed, "worker", ctx.rank, ctx.resume.step if ctx.resume else 0))
+        seed_everything(key_int(config.seed, "worker", self.share, ctx.resume.step if ctx.resume else 0))
         if ctx.resume is not None:
             state = ctx.resume.parts[FIRST_PART]
             self.load(state, ctx.resume.meta)
@@ -158,9 +161,14 @@ class Replica:
         else:
             self._equalise()
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all parameters that are trained, wherever they live."""
+        return list(self.params)
+
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
         model = self.task.model().to(self.ctx.device, dtype)
-        self.tied = tied_names(model)
+        self.first_names = first_names(model)  # of the whole
         return model
 
     def _equalise(self) -> None:
@@ -183,11 +191,21 @@ class Replica:
         if self.averaged_over == 1:
             self.joined = float(len(draw.indices))
         else:
-            self.joined = draw.total * (self.averaged_over / self.ctx.world)
+            self.joined = draw.total * (self.averaged_over / self.shares)
         seed_torch(self.step_seed + self.step)
         for p in self.params.values():
             p.grad = None
-        data_s, loss_sum, weight = 0.0, 0.0, 0.0
+        data_s, loss_sum, weight = self._compute(draw)
+        update = self._collect(weight)
+        r = self.report
+        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
+        r.data_s = data_s
+        r.compute_s = time.perf_counter() - begun - data_s
+        return update
+
+    def _compute(self, draw: Draw) -> tuple[float, float, float]:
+        """Forward and backward of a share: (seconds of loading, sum of losses, their weight)."""
+        spans, data_s, loss_sum, weight = self.spans, 0.0, 0.0, 0.0
         pieces = np.array_split(draw.indices, self.accumulate) if self.accumulate > 1 else [draw.indices]
         last = max((k for k, indices in enumerate(pieces) if len(indices)), default=0)
         for k, indices in enumerate(pieces):
@@ -199,7 +217,7 @@ class Replica:
             data_s += loaded - loading
             n = self.task.num_examples(batch) if len(indices) else 0.0
             with self.precision():
-                loss = self.task.loss(self.model, batch)
+                loss = self._loss(batch)
             check_loss(loss, self.task)
             share = n / self.joined
             if spans is not None:
@@ -212,12 +230,13 @@ class Replica:
             weight += n
             if spans is not None:
                 spans.add("backward", forwarded, time.perf_counter())
-        update = self._collect(weight)
-        r = self.report
-        r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
-        r.data_s = data_s
-        r.compute_s = time.perf_counter() - begun - data_s
-        return update
+        return data_s, loss_sum, weight
+
+    def _loss(self, batch: Any) -> Tensor:
+        return self.task.loss(self.model, batch)
+
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+        return evaluate_batch(self.task, self.model, batch)
 
     def _spare_batch(self) -> Any:
         """To compute with others who have examples, where there is none left."""
@@ -290,10 +309,10 @@ class Replica:
         """Held-out metrics over all ranks, the same numbers on each."""
         ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
-        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / ctx.world / self.accumulate))
+        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / self.shares / self.accumulate))
         totals = Totals(self.task, ctx.facts.sums)
-        mine = own_share(self.num_test, ctx.rank, ctx.world, neighbours="held-out" in ctx.facts.indexes)
-        longest = math.ceil(self.num_test / ctx.world) if self.computes_jointly else len(mine)
+        mine = own_share(self.num_test, self.share, self.shares, neighbours="held-out" in ctx.facts.indexes)
+        longest = math.ceil(self.num_test / self.shares) if self.computes_jointly else len(mine)
         modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
         self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
@@ -302,7 +321,7 @@ class Replica:
                 indices = mine[start : start + size]
                 batch = self.test_batches(indices) if len(indices) else self._spare_batch()
                 with self.precision():
-                    parts = evaluate_batch(self.task, self.model, batch)
+                    parts = self._evaluate(batch)
                 if len(indices):
                     totals.add(parts)
         finally:
@@ -316,7 +335,7 @@ class Replica:
         own = host_state().to(self.ctx.device)
         return {
             "host_random": [state.cpu() for state in self.link.all_gather(own)],  # by rank
-            "model": stored_once(self._model_state(), self.tied),
+            "model": stored_once(self._model_state(), self.first_names),
             "optimizer": self.optimizer_state(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
             "chain": [[type(t).__name__, kept] for t in self.chain if (kept := t.state_dict())],
@@ -393,7 +412,8 @@ class Exchange(ABC):  # noqa: B024  (a pattern overrides what it needs; doing no
 class Meter:
     """What a member's links moved and waited in a step. Bytes: since the last step, an evaluation or a save between included."""
 
-    def __init__(self, links: Mapping[str, Link]) -> None:
+    def __init__(self, links: Mapping[str, Link], aside: Collection[str] = ()) -> None:
+        self.aside = frozenset(aside)
         self.traffics = {name: link.traffic for name, link in links.items() if link.world > 1}
         self.sent = {name: t.bytes_sent for name, t in self.traffics.items()}
         self.begin()
@@ -403,8 +423,9 @@ class Meter:
 
     def end(self, report: StepReport) -> None:
         for (name, t), (busy_s, wait_s, messages) in zip(self.traffics.items(), self.begun, strict=True):
-            report.exchange_s += t.busy_s - busy_s
-            report.wait_s += t.wait_s - wait_s
+            if name not in self.aside:
+                report.exchange_s += t.busy_s - busy_s
+                report.wait_s += t.wait_s - wait_s
             report.messages += t.messages - messages
             sent, self.sent[name] = t.bytes_sent - self.sent[name], t.bytes_sent
             report.bytes_sent += sent
@@ -435,7 +456,7 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     at_safe_point = (parts, bool(exchange.writers), replica.meta, evaluate)
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
-    meter = Meter({WORLD: ctx.link, **ctx.groups})
+    meter = Meter({WORLD: ctx.link, **ctx.groups}, replica.carried_aside)
     with contextlib.closing(exchange):
         while replica.step < ctx.total_steps:
             meter.begin()
@@ -452,16 +473,16 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 # -- helpers -----------------------------------------------------------------------------------------------------
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of each parameter that has several, and its first."""
+def first_names(model: nn.Module) -> dict[str, str]:
+    """By each name of a parameter or buffer, the first of its names."""
     first: dict[int, str] = {}
-    names = [(n, first.setdefault(id(p), n)) for n, p in model.named_parameters(remove_duplicate=False)]
-    return {name: known for name, known in names if name != known}
+    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {n: first.setdefault(id(t), n) for n, t in everything}
 
 
-def stored_once(state: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, Any]:
+def stored_once(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Any]:
     """With one tensor under all names of a parameter, also where each name was gathered by itself."""
-    return {name: state[tied.get(name, name)] for name in state}
+    return {name: state[first.get(name, name)] for name in state}
 
 
 def load_chain(chain: Sequence[Transform], saved: Iterable[Sequence[Any]]) -> None:

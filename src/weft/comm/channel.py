@@ -1,0 +1,149 @@
+"""One direction between two members: messages that leave while their sender goes on, and arrive while their receiver does something else.
+
+A thread at each end carries them, one after the other, over a link of these two that nobody else uses. A message is some tensors and a tag
+(plain data), by which its receiver asks for it: what comes before it is asked for is kept. That is bounded by what was announced (``expect``).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from weft.comm.link import Link, late_error
+from weft.errors import CommError
+from weft.spans import SECOND_THREAD
+
+ALIGN = 64
+MAX_QUEUED = 1024  # messages that wait to be sent
+JOIN_S = 1.0  # for a thread to end; one that waits for a peer ends with its link, or with the process
+
+Tag = Hashable
+Message = Sequence[torch.Tensor]
+
+
+class Channel:
+    """``sends``: this member's end. Errors of the thread are raised by the next call of its owner."""
+
+    def __init__(self, link: Link, sends: bool) -> None:
+        self.link, self.sends = link, sends
+        self.waited_s = 0.0  # of the owner, in ``take`` and ``flush``
+        self._queue: queue.Queue[tuple[Tag, Message] | bool | None] = queue.Queue(MAX_QUEUED)
+        self._arrived: dict[Tag, Message] = {}
+        self._change = threading.Condition()
+        self._under_way = 0  # sent or announced, and not yet done
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def send(self, tag: Tag, message: Message) -> None:
+        """Queue it. Its tensors must not be written to before ``flush``."""
+        self._begin((tag, message), 1)
+
+    def expect(self, number: int) -> None:
+        """So many more messages will come."""
+        for _ in range(number):
+            self._begin(True, 1)
+
+    def take(self, tag: Tag) -> Message:
+        """The message of that tag, which was announced."""
+        return self._wait(lambda: self._arrived.pop(tag, None), f"send {tag}")
+
+    def flush(self) -> None:
+        """Wait until all that was queued is sent."""
+        self._wait(lambda: True if not self._under_way else None, "take what was sent")
+
+    def close(self) -> None:
+        """What has not been sent is dropped."""
+        if self._thread is not None:
+            self._error = self._error or CommError("this channel is closed")
+            self._queue.put(None)
+            self._thread.join(JOIN_S)
+
+    def _begin(self, work: Any, number: int) -> None:
+        self._check()
+        with self._change:
+            self._under_way += number
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._carry, name=SECOND_THREAD, daemon=True)
+            self._thread.start()
+        try:
+            self._queue.put(work, timeout=self.link.deadline_s)
+        except queue.Full:
+            raise late_error([1 - self.link.rank], self.link.deadline_s, "take what was sent") from None
+
+    def _wait(self, ready: Any, what: str) -> Any:
+        begin = time.monotonic()
+        with self._change:
+            while (found := ready()) is None:
+                self._check()
+                left = self.link.deadline_s - (time.monotonic() - begin)
+                if left <= 0:
+                    raise late_error([1 - self.link.rank], self.link.deadline_s, what)
+                self._change.wait(left)
+        self._check()
+        self.waited_s += time.monotonic() - begin
+        return found
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _carry(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if self._error is not None:
+                continue
+            try:
+                arrived = self._exchange(work)
+            except BaseException as error:  # handed over to the owner's thread
+                arrived, self._error = None, error
+            with self._change:
+                self._under_way -= 1
+                if arrived is not None:
+                    self._arrived[arrived[0]] = arrived[1]
+                self._change.notify_all()
+
+    def _exchange(self, work: tuple[Tag, Message] | bool) -> tuple[Tag, Message] | None:
+        """A gather, to which the receiver gives nothing: so both know how much comes, and that it is no other call."""
+        own = torch.empty(0, dtype=torch.uint8) if isinstance(work, bool) else packed(*work)
+        parts = self.link.all_gather(own)
+        return None if self.sends else unpacked(parts[1 - self.link.rank])
+
+
+def packed(tag: Tag, message: Message) -> torch.Tensor:
+    """Length of the head, head, then each tensor, at multiples of ALIGN bytes."""
+    kinds = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in message]
+    head = msgspec.msgpack.encode((tag, kinds))
+    pieces = [torch.tensor([len(head)]).view(torch.uint8), torch.frombuffer(bytearray(head), dtype=torch.uint8)]
+    pieces += [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in message]
+    ends, at = [], 0
+    for piece in pieces:
+        ends.append(at + len(piece))
+        at = aligned(at + len(piece))
+    flat = torch.empty(at, dtype=torch.uint8)
+    for piece, end in zip(pieces, ends, strict=True):
+        flat[end - len(piece) : end] = piece
+    return flat
+
+
+def unpacked(flat: torch.Tensor) -> tuple[Tag, Message]:
+    """Views of ``flat``."""
+    length = int(flat[:8].view(torch.int64).item())
+    at = aligned(8)
+    tag, kinds = msgspec.msgpack.decode(flat[at : at + length].numpy().tobytes())
+    at = aligned(at + length)
+    message = []
+    for name, shape in kinds:
+        dtype = getattr(torch, name)
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        message.append(flat[at : at + nbytes].view(dtype).view(shape))
+        at = aligned(at + nbytes)
+    return tuple(tag) if isinstance(tag, list) else tag, message
+
+
+def aligned(at: int) -> int:
+    return -(-at // ALIGN) * ALIGN

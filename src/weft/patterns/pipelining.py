@@ -1,0 +1,177 @@
+"""A worker's part of a pipeline: its list of actions, one after the other; what it makes for others leaves at once, what it waits for arrives meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weft.comm.channel import Channel
+from weft.comm.link import Link
+from weft.patterns.base import PipelineFacts
+from weft.patterns.batches import check_loss
+from weft.patterns.pipelined import Chosen, channel_name
+from weft.patterns.randomness import seed_torch
+from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, whole_backward
+from weft.patterns.training import first_names
+from weft.pipelines.channels import channel_order
+from weft.pipelines.schedules import Action, Input
+from weft.task import Task
+
+
+class Ran(NamedTuple):
+    """A stage's forward of a micro-batch: what it was given and has made that may have a gradient."""
+
+    given: list[Tensor]
+    made: list[Tensor]
+
+
+def move_away(model: nn.Module, uses: Mapping[str, Sequence[int]], chosen: Chosen, place: int) -> None:
+    """What no stage of this worker uses keeps its shape alone."""
+    first = first_names(model)
+    away: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            known = first[f"{prefix}.{name}" if prefix else name]
+            if place not in {chosen.worker_of(item) for item in uses[known]}:
+                if known not in away:
+                    away[known] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+                module._parameters[name] = away[known]
+
+
+class PipelineWork:
+    """``place``: of this worker in the pipeline. ``groups``: links of its channels, by name."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, chosen: Chosen, place: int, facts: PipelineFacts, groups: Mapping[str, Link]
+    ) -> None:
+        self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        #: by stage
+        self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
+        self.program, self.stages = chosen.program, chosen.stages
+        self.cuts = Cuts(task, model)
+        orders = channel_order(self.program)
+        self.out = {to: Channel(groups[channel_name(place, to)], True) for at, to in orders if at == place}
+        self.into = {at: Channel(groups[channel_name(at, place)], False) for at, to in orders if to == place}
+        self.coming = {at: len(orders[at, place]) for at in self.into}
+        self.own_stages = [k for k, worker in enumerate(self.program.placement) if worker == place]
+        self.last = len(self.stages) - 1
+
+    @property
+    def waited_s(self) -> float:
+        return sum(channel.waited_s for channel in (*self.out.values(), *self.into.values()))
+
+    def step(
+        self,
+        batches: Sequence[Any],
+        shares: Sequence[float],
+        seed: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> list[float]:
+        """Forward and backward of all micro-batches. ``shares``: what each one's loss counts in the joined mean. Returns the losses, if the
+        last stage is here."""
+        run = Step(self, batches, shares, seed, precision)
+        for at, channel in self.into.items():
+            channel.expect(self.coming[at])
+        for action in self.program.actions[self.place]:
+            run.do(action)
+        for channel in self.out.values():
+            channel.flush()
+        return run.losses
+
+    @torch.no_grad()
+    def evaluate(self, code: Callable[[], Any]) -> Any:
+        """What ``code``, which runs the model, returns, if the last stage is here; else None."""
+        kept: dict[int, list[Tensor]] = {}
+        result = None
+        for stage in self.own_stages:
+            items = self.stages[stage]
+            given = None
+            if stage > 0:
+                before = self.program.placement[stage - 1]
+                if before != self.place:
+                    self.into[before].expect(1)
+                tensors = kept.pop(stage) if before == self.place else self.into[before].take(("evaluate", stage))
+                given = rebuilt(self.made_of[items.start - 1], tensors)
+            made = self.cuts.run(code, items.start, items.stop, given)
+            if stage == self.last:
+                result = made
+            elif (after := self.program.placement[stage + 1]) == self.place:
+                kept[stage + 1] = tensors_of(made)
+            else:
+                self.out[after].send(("evaluate", stage + 1), tensors_of(made))
+        for channel in self.out.values():
+            channel.flush()
+        return result
+
+    def close(self) -> None:
+        for channel in (*self.out.values(), *self.into.values()):
+            channel.close()
+
+
+class Step:
+    def __init__(
+        self,
+        work: PipelineWork,
+        batches: Sequence[Any],
+        shares: Sequence[float],
+        seed: int,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.work, self.batches, self.shares, self.seed, self.precision = work, batches, shares, seed, precision
+        self.losses = [0.0] * len(batches)
+        self.ran: dict[tuple[int, int], Ran] = {}
+        self.later: dict[tuple[int, int], Callable[[], None]] = {}
+        self.kept: dict[Input, Sequence[Tensor]] = {}  # for another stage of this worker
+
+    def do(self, action: Action) -> None:
+        needs = self.work.program.needs(action)
+        given = self._take(needs) if needs is not None else None
+        key = (action.stage, action.microbatch)
+        made: Sequence[Tensor] = ()
+        if action.kind == "F":
+            made = self._forward(*key, given)
+        elif action.kind == "W":
+            self.later.pop(key)()
+        else:
+            ran = self.ran.pop(key)
+            if given is None:
+                given = [torch.full_like(ran.made[0], self.shares[action.microbatch])]
+            pairs = [(t, grad) for t, grad in zip(ran.made, given, strict=True) if t.requires_grad]
+            outputs, grads = [t for t, _ in pairs], [grad for _, grad in pairs]
+            if action.kind == "B":
+                made = whole_backward(outputs, grads, ran.given)
+            else:
+                made, self.later[key] = input_gradient(outputs, grads, ran.given, self.work.weights[action.stage])
+        gives = self.work.program.gives(action)
+        if gives is not None:
+            channel = self.work.program.sends(action)
+            if channel is None:
+                self.kept[gives] = made
+            else:
+                self.work.out[channel[1]].send(tuple(gives), made)
+
+    def _take(self, needs: Input) -> Sequence[Tensor]:
+        if needs in self.kept:
+            return self.kept.pop(needs)
+        stages = self.work.program.placement
+        maker = stages[needs.stage - 1] if needs.forward else stages[needs.stage + 1]
+        return self.work.into[maker].take(tuple(needs))
+
+    def _forward(self, stage: int, microbatch: int, received: Sequence[Tensor] | None) -> list[Tensor]:
+        work, items, batch = self.work, self.work.stages[stage], self.batches[microbatch]
+        given = None if received is None else passed(rebuilt(work.made_of[items.start - 1], received))
+        seed_torch(self.seed + microbatch * len(work.stages) + stage)
+        with self.precision():
+            made = work.cuts.run(lambda: work.task.loss(work.model, batch), items.start, items.stop, given)
+        if stage == work.last:
+            check_loss(made, work.task)
+            self.losses[microbatch] = made.item()
+        tensors = tensors_of(made)
+        leaves = [t for t in tensors_of(given) if t.requires_grad]
+        self.ran[stage, microbatch] = Ran(leaves, [t for t in tensors if t.is_floating_point()])
+        return [t.detach() for t in tensors]

@@ -1,0 +1,305 @@
+"""What patterns that split the model have in common: workers stand on the axes of a mesh, and hold one model, or some, together.
+
+All of them are a Layout; what each axis does to a model is in modules of torch's (``sharding``, ``tensors``), and the worker that joins them
+in ``split_replica``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from weft.comm.link import WORLD
+from weft.cost import all_gather_bytes
+from weft.errors import ConfigError, Incompatible
+from weft.patterns.base import Facts, Group, ParamFact, Pattern, Role, tail_numel
+from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
+from weft.patterns.pipelined import Chosen, Pipelined, channel_name, choose, num_microbatches, sent_bytes
+from weft.pipelines.channels import channel_order
+from weft.plan import LinkPlan
+from weft.update import ClipNorm
+
+if TYPE_CHECKING:
+    import torch
+
+    from weft.config import Config
+    from weft.patterns.base import Context
+    from weft.patterns.training import Exchange, Replica
+    from weft.task import Task
+
+
+def summed_up_range(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
+
+
+@dataclass(frozen=True)
+class SplitPattern(Pattern):
+    splits: ClassVar[bool] = True
+    tier: ClassVar[Literal["beta"]] = "beta"
+
+    accumulate: int = field(
+        default=1, kw_only=True, metadata={"doc": "micro-batches per step: less memory, same result"}
+    )
+    clip_norm: float | None = field(
+        default=None, kw_only=True, metadata={"doc": "largest global L2 norm of the averaged gradient"}
+    )
+    autocast: Literal["none", "bf16"] = field(
+        default="none", kw_only=True, metadata={"doc": "compute in bfloat16 where torch holds it safe"}
+    )
+
+    def __post_init__(self) -> None:
+        self._at_least_one("accumulate", "no accumulation")
+        if self.clip_norm is not None and not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
+            raise ConfigError(f"clip_norm={self.clip_norm} is not possible: give a positive number, or none.")
+
+    def _at_least_one(self, option: str, one_is: str) -> None:
+        if (value := getattr(self, option)) < 1:
+            raise ConfigError(f"{option}={value} is not possible: 1 ({one_is}) or more.")
+
+    @abstractmethod
+    def layout(self, workers: int) -> Layout:
+        """ConfigError if this many workers cannot stand so."""
+
+    @property
+    def gathers_twice(self) -> bool:
+        """A block's parts are let go between forward and backward."""
+        return True
+
+    @property
+    def pipelined(self) -> Pipelined:
+        return Pipelined()
+
+    def chosen(self, facts: Facts, workers: int) -> Chosen | None:
+        """Its pipeline, if it has one."""
+        size = self.layout(workers).pipeline
+        return choose(facts, self.pipelined, size) if size > 1 else None
+
+    @property
+    def clips(self) -> bool:
+        return self.clip_norm is not None
+
+    def roles(self, workers: int) -> tuple[Role, ...]:
+        does = "holds its part of the model, trains on its share of each batch"
+        return (Role("worker", workers, "weft.patterns.training:train", does),)
+
+    # -- who talks to whom
+
+    def shares(self, workers: int) -> int:
+        return self.layout(workers).shares
+
+    def share_of(self, rank: int, workers: int) -> int:
+        return self.layout(workers).share_of(rank)
+
+    def groups(self, facts: Facts, workers: int) -> list[Group]:
+        layout = self.layout(workers)
+        tail = 8 * tail_numel(workers, len(facts.params))
+        held = self._held(facts, layout, [p for p in facts.params if p.trainable])
+        nbytes = {DATA: held, TENSOR: tail, SHARDED: tail}
+        inner = [
+            Group(axis, ranks, nbytes.get(axis, tail))
+            for axis in AXES
+            if 1 < getattr(layout, axis) < workers
+            for ranks in layout.groups(axis)
+        ]
+        whole = held if layout.data == workers else 0
+        return [Group(WORLD, tuple(range(workers)), tail + whole), *inner, *self._channels(facts, workers)]
+
+    def _channels(self, facts: Facts, workers: int) -> Iterator[Group]:
+        """Groups of two, for each direction in which stages talk."""
+        if (chosen := self.chosen(facts, workers)) is None:
+            return
+        assert facts.pipeline is not None
+        nbytes = max(item.output_bytes for item in facts.pipeline.items)
+        for sender, receiver in channel_order(chosen.program):
+            for row in self.layout(workers).groups(PIPELINE):
+                # a link's members stand in order of their ranks
+                pair = tuple(sorted((row[sender], row[receiver])))
+                yield Group(channel_name(sender, receiver), pair, nbytes)
+
+    # -- what it can do
+
+    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+        from weft.patterns.blocks import find_blocks
+
+        layout = self.layout(config.workers)
+        share = -(-config.batch // layout.shares)
+        blocks = find_blocks(task, model)
+        learned: dict[str, Any] = {"blocks": {n: sum(p.nbytes for p in b.parameters()) for n, b in blocks.items()}}
+        if layout.tensor > 1:
+            from weft.patterns.tensors import learn
+
+            learned["tensor"] = learn(task, model, batch(share), layout.tensor)
+        if layout.pipeline > 1:
+            from weft.patterns.stages import learn as learn_stages
+
+            microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
+            learned["pipeline"] = learn_stages(task, model, batch, -(-share // microbatches), microbatches)
+        return learned
+
+    def check(self, facts: Facts, config: Config) -> None:
+        layout = self.layout(config.workers)
+        if self.autocast == "bf16" and config.dtype == "float64":
+            raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+        if config.cluster == "inprocess" and config.workers > 1:
+            raise Incompatible(
+                f"{self.name} needs a process for each worker (torch keeps process groups in globals): use --cluster local."
+            )
+        if facts.device != "cpu":
+            raise Incompatible(
+                f"{self.name} runs on CPUs so far, and the device is a GPU: use --device cpu, or --pattern allreduce."
+            )
+        if sparse := [p.name for p in facts.params if p.sparse]:
+            raise Incompatible(
+                f"{self.name} cannot take the sparse gradients of {', '.join(sparse)}: make them dense (sparse=False), or use --pattern allreduce."
+            )
+        share = config.batch // layout.shares
+        if self.accumulate > share:
+            raise ConfigError(
+                f"accumulate={self.accumulate} cannot cut a worker's share of {share} examples (batch {config.batch} over "
+                f"{layout.shares} shares): use at most {share}."
+            )
+
+    # -- what it takes
+
+    def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
+        if config.workers == 1:
+            return []
+        layout = self.layout(config.workers)
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        tail = 8 * tail_numel(config.workers, sum(p.trainable for p in facts.params)) + running
+        dtypes = ", ".join(facts.gradient_bytes)
+        trained = [p for p in facts.params if p.trainable]
+
+        def plan(axis: str, members: str, nbytes: int, what: str) -> LinkPlan:
+            group = WORLD if getattr(layout, axis) == config.workers else axis
+            return LinkPlan(members=members, carrier=carrier, bytes_per_step=nbytes, what=what, group=group)
+
+        plans = [
+            LinkPlan(
+                members=f"{config.workers} workers",
+                carrier=carrier,
+                bytes_per_step=bytes_for(tail, config.workers),
+                what="weights, losses, stop flags" + (", running buffers" if running else ""),
+            )
+        ]
+        if layout.tensor > 1:
+            assert facts.tensor is not None
+            plans.append(
+                plan(
+                    TENSOR,
+                    f"{layout.tensor} workers that hold each tensor together",
+                    bytes_for(facts.tensor.exchanged, layout.tensor),
+                    f"activations, forward and backward, in {facts.tensor.exchanges} exchanges",
+                )
+            )
+        if (size := layout.sharded) > 1:
+            inside = self._held(facts, layout, facts.params, blocks=True) * size
+            rest = (
+                self._held(facts, layout, facts.params) * size - inside
+            )  # of no block: gathered once, kept until after backward
+            gathered = (2 if self.gathers_twice else 1) * inside + rest
+            reduced = self._held(facts, layout, trained) * size
+            plans.append(
+                plan(
+                    SHARDED,
+                    f"{size} workers that hold a model together",
+                    all_gather_bytes(carrier, gathered // size, size) + bytes_for(reduced, size),
+                    f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.gathers_twice else 'once'}; gradients",
+                )
+            )
+        if (chosen := self.chosen(facts, config.workers)) is not None:
+            assert facts.pipeline is not None
+            plans += [
+                LinkPlan(
+                    members=f"stage worker {k} of {layout.pipeline}",
+                    carrier=carrier,
+                    bytes_per_step=nbytes,
+                    what="activations to the next stage, gradients to the one before",
+                    group=PIPELINE,
+                )
+                for k, nbytes in enumerate(sent_bytes(chosen, facts.pipeline))
+            ]
+        if layout.data > 1:
+            plans.append(
+                plan(
+                    DATA,
+                    f"{layout.data} workers that hold the same part",
+                    bytes_for(self._held(facts, layout, trained), layout.data),
+                    f"gradients ({dtypes}) of that part",
+                )
+            )
+        return plans
+
+    def _held(self, facts: Facts, layout: Layout, params: Sequence[ParamFact], blocks: bool = False) -> int:
+        """Bytes of ``params`` that lie on one worker: on average, where parts are uneven. ``blocks``: of those within blocks alone."""
+        cut = facts.tensor.parameters if facts.tensor else ()
+        total = 0.0
+        for p in params:
+            if blocks and not any(p.name.startswith(f"{block}.") for block in facts.blocks):
+                continue
+            total += p.nbytes / layout.sharded / (layout.tensor if p.name in cut else 1)
+        return int(total)
+
+    def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
+        layout = self.layout(workers)
+        held = self._held(facts, layout, facts.params)
+        trained = self._held(facts, layout, [p for p in facts.params if p.trainable])
+        whole = sum(p.nbytes for p in facts.params if p.trainable)
+        activations = facts.tensor.activation_bytes if facts.tensor else facts.activation_bytes
+        return {
+            "parameters": held,
+            "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
+            "gradients": trained * (2 if layout.data > 1 else 1),
+            "optimizer": facts.optimizer_bytes * trained // whole,
+            "activations": activations // self.accumulate,
+            "buffers": sum(b.nbytes for b in facts.buffers),
+        }
+
+    def _gathered_bytes(self, facts: Facts, layout: Layout) -> int:
+        """At the worst moment, in backward: what belongs to no block, whole, with its gradients; of the largest block its parameters, the
+        next one's, and its gradients, twice (once more as they travel)."""
+        rest = sum(p.nbytes for p in facts.params) - sum(facts.blocks.values())
+        return (2 * rest + 4 * max(facts.blocks.values(), default=0)) // layout.tensor
+
+    def notes(self, facts: Facts, config: Config) -> list[str]:
+        layout, result = self.layout(config.workers), []
+        if (chosen := self.chosen(facts, config.workers)) is not None:
+            assert facts.pipeline is not None
+            items = facts.pipeline.items
+            for stage, of in enumerate(chosen.stages):
+                names = summed_up_range(items[of.start].name, items[of.stop - 1].name)
+                result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {names}")
+            result.append(
+                f"{chosen.why}; {facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples"
+            )
+        if facts.tensor:
+            result += facts.tensor.in_words()
+        if layout.sharded > 1 and facts.blocks:
+            names = list(facts.blocks)
+            shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+            result.append(f"gathered block by block: {len(names)} blocks ({shown}), and once what belongs to none")
+        elif layout.sharded > 1:
+            result.append(
+                "the model has no blocks: it is gathered as a whole at each step. Give the task blocks(model)"
+            )
+        if layout.shares > 1 and any(b.running for b in facts.buffers):
+            result.append(
+                "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "
+                "workers, weighted by examples, at each step (integer ones: the largest)"
+            )
+        return result
+
+    def replica(self, ctx: Context) -> Replica:
+        from weft.patterns.split_replica import SplitReplica
+
+        chain: Sequence[ClipNorm] = [ClipNorm(self.clip_norm)] if self.clip_norm is not None else []
+        return SplitReplica(ctx, self, accumulate=self.accumulate, autocast=self.autocast, chain=chain)
+
+    def exchange(self, replica: Replica) -> Exchange:
+        from weft.patterns.split_replica import SplitMean, SplitReplica
+
+        assert isinstance(replica, SplitReplica)
+        return SplitMean(replica)

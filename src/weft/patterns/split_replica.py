@@ -1,0 +1,393 @@
+"""A worker that holds a part of a model: what torch makes of it, on Weft's links, inside the one training loop.
+
+First tensors are cut (``tensors``), then what is left of each is spread (fully_shard over the task's blocks: FSDP2; Rajbhandari et al. 2020,
+stage 3; Zhao et al. 2023, 2304.11277). Both give DTensors. Gradients come out summed over these axes; those of copies of a part are joined over
+the axis ``data``, once a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from weft.comm.link import Link, SoloLink, tell_all
+from weft.comm.torch_backend import process_groups
+from weft.data.keys import key_int
+from weft.patterns import tensors
+from weft.patterns.blocks import find_blocks
+from weft.patterns.elementwise import ELEMENTWISE, is_large
+from weft.patterns.feeds import Draw
+from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
+from weft.patterns.mean import JoinedMean
+from weft.patterns.metrics import evaluate_batch
+from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
+from weft.patterns.pipelined import CHANNEL, Chosen
+from weft.patterns.pipelining import PipelineWork, move_away
+from weft.patterns.shared_step import TENSOR as LARGE
+from weft.patterns.shared_step import described, scalar
+from weft.patterns.split import SplitPattern
+from weft.patterns.training import Arena, Replica
+from weft.update import ClipNorm, Dense, Update, norm
+
+if TYPE_CHECKING:
+    from weft.patterns.base import Context
+
+
+class SplitReplica(Replica):
+    """``params`` and all that belongs to them are DTensors where they are cut: torch's optimizers take them as they are."""
+
+    computes_jointly = True
+
+    def __init__(self, ctx: Context, pattern: SplitPattern, **settings: Any) -> None:
+        self.pattern = pattern
+        self.layout = pattern.layout(ctx.world)
+        self.place = self.layout.place(ctx.rank)
+        self.chosen = pattern.chosen(ctx.facts, ctx.world)
+        self.work: PipelineWork | None = None
+        #: Of the workers that draw the same share, the one that tells of it.
+        self.tells = self.place[TENSOR] == 0 and (
+            self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
+        )
+        self.at_end = ExitStack()
+        with ExitStack() as on_error:
+            on_error.callback(self.at_end.close)
+            super().__init__(ctx, **settings)
+            on_error.pop_all()
+        self.optimizer_state = self._optimizer_state
+        #: What the optimizer steps: this worker's parts as plain tensors, which every kernel of torch's takes, and without DTensor's
+        #: cost for each call; of an optimizer that looks at a parameter as a whole, the DTensors.
+        self.parts: dict[str, nn.Parameter] = {}
+        if self.link.world > 1 and type(self.optimizer) in ELEMENTWISE:
+            self._step_parts()
+
+    def _step_parts(self) -> None:
+        names = {id(p): n for n, p in self.params.items()}
+        self.parts = {n: nn.Parameter(local(p.detach())) for n, p in self.params.items()}
+        for group in self.optimizer.param_groups:
+            group["params"] = [self.parts[names[id(p)]] for p in group["params"]]
+        states = {names[id(p)]: state for p, state in self.optimizer.state.items()}
+        self.optimizer.state.clear()
+        for name, state in states.items():
+            self.optimizer.state[self.parts[name]] = {
+                key: local(value) if is_large(key, value) else value for key, value in state.items()
+            }
+        self.stepped = self.parts
+
+    def link_on(self, axis: str) -> Link:
+        """Of those that differ from this worker in their place on ``axis`` alone."""
+        size = getattr(self.layout, axis)
+        return SoloLink() if size == 1 else self.link if size == self.ctx.world else self.ctx.groups[axis]
+
+    def _make_model(self, dtype: torch.dtype) -> nn.Module:
+        model = super()._make_model(dtype)
+        if self.ctx.resume is None:
+            self.link.broadcast([t.detach() for t in (*model.parameters(), *model.buffers())])
+        if self.link.world == 1:
+            return model
+        mesh = self._make_mesh()
+        if self.layout.tensor > 1:
+            assert self.ctx.facts.tensor is not None
+            tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR])
+        if self.layout.sharded > 1:
+            self._shard(model, mesh[SHARDED])
+        if self.chosen is not None:
+            self._keep_stages(model, self.chosen)
+        return model
+
+    def _keep_stages(self, model: nn.Module, chosen: Chosen) -> None:
+        facts, place = self.ctx.facts.pipeline, self.place[PIPELINE]
+        assert facts is not None
+        move_away(model, facts.uses, chosen, place)
+        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups)
+        self.at_end.callback(self.work.close)
+        self.carried_aside = [name for name in self.ctx.groups if name.startswith(CHANNEL)]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [p.name for p in self.ctx.facts.params if p.trainable]
+
+    def holders(self, name: str) -> list[int]:
+        """Places in the pipeline at which a parameter or buffer lives; a tied one may at several."""
+        if self.chosen is None:
+            return [0]
+        assert self.ctx.facts.pipeline is not None
+        return sorted({self.chosen.worker_of(item) for item in self.ctx.facts.pipeline.uses[name]})
+
+    def _make_mesh(self) -> DeviceMesh:
+        rank = self.ctx.rank
+        axes = [axis for axis in AXES if getattr(self.layout, axis) > 1]
+        groups = {
+            next(ranks for ranks in self.layout.groups(axis) if rank in ranks): self.link_on(axis) for axis in axes
+        }
+        self.at_end.enter_context(process_groups(self.link, groups))
+        return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
+
+    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        for block in find_blocks(self.task, model).values():
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
+        fully_shard(model, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # each worker's gradient is its share of the joined mean's: they are added up, not averaged
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+    def gradients(self) -> Update:
+        """What was exchanged meanwhile is no computing."""
+        before, waited = self._seconds_in_links(), self.work.waited_s if self.work else 0.0
+        with self._cut():
+            update = super().gradients()
+        waited = (self.work.waited_s if self.work else 0.0) - waited
+        self.report.wait_s += waited
+        self.report.compute_s -= self._seconds_in_links() - before + waited
+        if not self.tells:
+            update.weight, self.report.losses, self.report.weights = 0.0, [0.0], [0.0]
+        return update
+
+    def _compute(self, draw: Draw) -> tuple[float, float, float]:
+        if self.work is None:
+            return super()._compute(draw)
+        assert self.ctx.facts.pipeline is not None
+        begin = time.perf_counter()
+        pieces = np.array_split(draw.indices, self.ctx.facts.pipeline.microbatches)
+        batches = [self.feed.batch(each) if len(each) else self._spare_batch() for each in pieces]
+        weights = [
+            float(self.task.num_examples(batch)) if len(each) else 0.0
+            for batch, each in zip(batches, pieces, strict=True)
+        ]
+        loaded = time.perf_counter()
+        shares = [n / self.joined for n in weights]
+        losses = self.work.step(batches, shares, key_int(self.seed, "step", self.share, self.step) >> 1, self.precision)
+        if self.spans is not None:
+            self.spans.add("pipeline", loaded, time.perf_counter())
+        self._join_tied()
+        return loaded - begin, sum(loss * n for loss, n in zip(losses, weights, strict=True)), sum(weights)
+
+    def _join_tied(self) -> None:
+        """Gradients of parameters that stages on several workers use."""
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and len(self.holders(name)) > 1:
+                grad = local(p.grad) if p.grad is not None else torch.zeros(local(p).shape, dtype=p.dtype)
+                self.link_on(PIPELINE).all_reduce([grad])
+                if not p.is_meta and p.grad is None:
+                    p.grad = placed(grad, p)
+
+    def _cut(self) -> AbstractContextManager[Any]:
+        """Around what computes with tensors that are cut, forward and backward."""
+        return tensors.computing(self.ctx.facts.tensor) if self.layout.tensor > 1 else nullcontext()
+
+    def _loss(self, batch: Any) -> Tensor:
+        return whole(super()._loss(batch))
+
+    def evaluate(self) -> dict[str, float]:
+        with self._cut():
+            return super().evaluate()
+
+    def _evaluate(self, batch: Any) -> Mapping[str, tuple[float | Tensor, float]]:
+        if self.work is None:
+            parts = super()._evaluate(batch)
+        else:
+            parts = self.work.evaluate(lambda: evaluate_batch(self.task, self.model, batch)) or {}
+        # what all who draw this share have computed counts once
+        joined = {n: (whole(total), count) for n, (total, count) in parts.items()}
+        return joined if self.tells else {}
+
+    def _seconds_in_links(self) -> float:
+        links = [self.link, *(link for name, link in self.ctx.groups.items() if name not in self.carried_aside)]
+        return sum(link.traffic.busy_s + link.traffic.wait_s for link in links)
+
+    def _equalise(self) -> None:
+        """Done while the model was whole."""
+
+    def broken(self) -> list[str]:
+        own = {n for n, p in self.params.items() if not local(p).isfinite().all()}
+        flags = torch.tensor([float(n in own) for n in self.names])
+        self.link.all_reduce([flags], op="max")
+        return [n for n, flag in zip(self.names, flags.tolist(), strict=True) if flag]
+
+    # -- state, whole as one process would have it, so that every other pattern can read it
+
+    def _model_state(self) -> dict[str, Any]:
+        first = self.first_names
+        return self._gathered({n: (t, self.holders(first[n])[0]) for n, t in self.model.state_dict().items()})
+
+    def _gathered(self, tensors: Mapping[str, tuple[Tensor, int]]) -> dict[str, Any]:
+        """``tensors``: with the place in the pipeline that holds each. On rank 0, one at a time; the other ranks keep none."""
+        result, row, place = {}, self.link_on(PIPELINE), self.place[PIPELINE]
+        for name, (value, holder) in tensors.items():
+            all_of_it = whole(value) if holder == place else torch.empty(value.shape, dtype=value.dtype)
+            if row.world > 1:
+                row.broadcast([all_of_it], holder)
+            if self.link.rank == 0:
+                result[name] = all_of_it
+        return result
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        own = optimizer_state_by_name(self.optimizer, self.stepped)
+        params = {p.name: p for p in self.ctx.facts.params}
+        row = self.link_on(PIPELINE)
+        told = tell_all(row, [{n: described(state) for n, state in own["state"].items()}, own["param_groups"]])
+        states: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            holder = self.holders(name)[0]
+            if name not in told[holder][0]:
+                continue
+            here = holder == self.place[PIPELINE]
+            large: dict[str, tuple[Tensor, int]] = {}
+            for key, kind in told[holder][0][name].items():
+                if kind == LARGE:
+                    value = (
+                        own["state"][name][key] if here else torch.empty(params[name].shape, dtype=self._dtype(name))
+                    )
+                    large[key] = (placed(value, self.params[name]) if here and self.parts else value, holder)
+            states[name] = {
+                key: kind if kind == LARGE else scalar(kind) for key, kind in told[holder][0][name].items()
+            } | self._gathered(large)
+        groups = [
+            dict(group) | {"params": [n for n in self.names if any(n in t[1][k]["params"] for t in told)]}
+            for k, group in enumerate(own["param_groups"])
+        ]
+        return {"state": states, "param_groups": groups}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, next(p.dtype for p in self.ctx.facts.params if p.name == name)))
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        own = self.model.state_dict()
+        with torch.no_grad():
+            for name, value in own.items():
+                if not value.is_meta:
+                    local(value).copy_(local(part_of(state[name], value)))
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        parts = {
+            name: {k: part_of(v, self.params[name]) if is_like(v, self.params[name]) else v for k, v in each.items()}
+            for name, each in state["state"].items()
+            if name in self.params
+        }
+        groups = [
+            dict(group) | {"params": [n for n in group["params"] if n in self.params or n not in self.names]}
+            for group in state["param_groups"]
+        ]
+        load_optimizer_state_by_name(self.optimizer, self.params, {"state": parts, "param_groups": groups})
+
+
+class SplitMean(JoinedMean):
+    """Gradients of parts are added up where they are made, in backward. What is left to exchange: those of copies of a part, and what all must
+    agree on."""
+
+    replica: SplitReplica
+
+    def __init__(self, replica: SplitReplica) -> None:
+        self.copies = replica.link_on(DATA)
+        super().__init__(replica, replica.link)
+
+    def _make_arena(self) -> Arena:
+        held = {n: local(p.detach()) for n, p in self.replica.params.items()} if self.copies.world > 1 else {}
+        return Arena(cast(Any, held), self.copies)
+
+    def _fill_arena(self, update: Update) -> None:
+        super()._fill_arena(Update({n: Dense(local(t)) for n, t in named(update)}, update.weight))
+
+    def _exchange(self, beside: list[Tensor]) -> None:
+        assert self.arena is not None
+        self.link.all_reduce(beside)
+        if self.copies.world > 1:
+            self.arena.all_reduce(self.copies, [], self.replica.step)
+
+    def _combined(self, update: Update, correction: float, presence: list[float]) -> Update:
+        assert self.arena is not None
+        replica, views = self.replica, self.arena.views
+        grads: dict[str, Tensor] = {}
+        for name, p in replica.params.items():
+            if not presence[self.position[name]]:
+                continue
+            entry = update.entries.get(name)
+            own = entry.tensor if isinstance(entry, Dense) else placed(torch.zeros_like(local(p)), p)
+            grads[name] = placed(views[name], own) if views else own
+        if correction != 1.0 and not views:
+            torch._foreach_mul_([local(grad) for grad in grads.values()], correction)
+        for clip in replica.chain:
+            if isinstance(clip, ClipNorm):
+                clip.norm = self._norm(grads)
+        stepped = {n: Dense(local(grad) if replica.parts else grad) for n, grad in grads.items()}
+        return Update(cast(Any, stepped), sum(replica.report.weights), update.version)
+
+    def _norm(self, tensors: Mapping[str, Tensor]) -> float:
+        """Of the whole gradient, of which each rank holds a part; what several hold counts once."""
+        replica = self.replica
+        at_one_place = self.link.world // replica.layout.pipeline
+        squares = sum(
+            norm([local(t)]) ** 2 / copies(t, at_one_place) / len(replica.holders(n)) for n, t in tensors.items()
+        )
+        total = torch.tensor([squares], dtype=torch.float64)
+        self.link.all_reduce([total])
+        return math.sqrt(total.item())
+
+    def close(self) -> None:
+        self.replica.at_end.close()
+
+
+def named(update: Update) -> Iterable[tuple[str, Tensor]]:
+    return ((n, entry.tensor) for n, entry in update.entries.items() if isinstance(entry, Dense))
+
+
+# -- DTensors
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """All ranks that hold parts of it call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensor: Tensor, world: int) -> int:
+    """How many of ``world`` ranks hold the same part of it."""
+    if not isinstance(tensor, DTensor):
+        return world
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return world // math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def placed(part: Tensor, like: Tensor) -> Tensor:
+    """This worker's ``part`` of something that is laid out as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return part
+    result = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return cast(Tensor, result)
+
+
+def is_like(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == param.shape and value.dim() > 0
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this rank keeps of it, laid out as ``like`` is; nothing travels."""
+    if not isinstance(like, DTensor):
+        return tensor
+    part = tensor
+    at = like.device_mesh.get_coordinate()
+    assert at is not None
+    # the inner axes first: what is left after a cut is what the outer axes spread
+    for axis in reversed(range(like.device_mesh.ndim)):
+        placement = like.placements[axis]
+        if not placement.is_replicate():  # torch's strided shard does not call itself one
+            dim, size = cast(Shard, placement).dim, like.device_mesh.size(axis)
+            chunks = part.chunk(size, dim)
+            part = chunks[at[axis]] if at[axis] < len(chunks) else part.narrow(dim, 0, 0)
+    return placed(part.contiguous(), like)

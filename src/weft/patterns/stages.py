@@ -1,0 +1,343 @@
+"""A model cut into stages, of which a worker computes some, while the task's own code stays as it stands.
+
+A stage runs the task's whole ``loss``: what comes before its first block is computed without numbers (on torch's meta device, where a tensor is
+only its shape), in the place of the last block before it stands what was received, and after its last block the code is left. What the code makes
+of the batch alone (masks, positions, targets) is real in every stage. So a model needs only blocks that run one after the other; what else passes
+from before a cut to after it (a skip connection) is seen, and refused.
+
+Items are what can be cut between: the code up to the end of the first block, then each block with the code before it, then what follows the last
+block, with the loss.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from weft.errors import Incompatible, TaskError
+from weft.patterns.base import ItemFact, PipelineFacts
+from weft.patterns.blocks import find_blocks
+from weft.patterns.saved import own
+from weft.task import Task
+
+REST = "the rest"  # the item after the last block
+REPEATS = 3
+
+
+class Left(BaseException):
+    """The last block of a stage has run: ``made`` is what it returned. Not an Exception: the task's own code must let it through."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+
+class Cuts:
+    """The blocks of a model, each of which is told at each pass whether it computes."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        self.task, self.model = task, model
+        blocks = find_blocks(task, model)
+        self.names, self.blocks = list(blocks), list(blocks.values())
+        self.begin, self.end = 0, len(self.blocks) + 1  # items of the stage that runs
+        self.given: Any = None  # what the block before them returned
+        self.reached = 0  # items done
+        #: Hears what each block has made, and says what goes on in its place.
+        self.on_made: Callable[[int, Any], Any] | None = None
+        self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
+        self._forwards = [block.forward for block in self.blocks]
+        for k, block in enumerate(self.blocks):
+            block.forward = self._instead_of(block.forward, k)  # type: ignore[method-assign]
+
+    def undo(self) -> None:
+        for block, forward in zip(self.blocks, self._forwards, strict=True):
+            block.forward = forward  # type: ignore[method-assign]
+
+    def _instead_of(self, forward: Callable[..., Any], k: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if k != self.reached:
+                raise TaskError(out_of_order(self.task, self.names, k, self.reached))
+            if k == self.begin - 1:
+                made = self.given
+            elif k < self.begin - 1:
+                made = self._shape(k, forward, args, kwargs)
+            else:
+                made = forward(*args, **kwargs)
+                if self.on_made is not None:
+                    made = self.on_made(k, made)
+            self.reached = k + 1
+            if self.reached == self.end:
+                raise Left(made)
+            return made
+
+        return run
+
+    def _shape(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What the block would make, without numbers."""
+        leaves, spec = tree_flatten((args, kwargs))
+        key = (
+            k,
+            self.model.training,
+            spec,
+            *((t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves),
+        )
+        if key not in self._shapes:
+            with torch.no_grad():
+                self._shapes[key] = tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, forward(*args, **kwargs))
+        return tree_map(lambda t: torch.empty_like(t) if isinstance(t, Tensor) else t, self._shapes[key])
+
+    def run(self, code: Callable[[], Any], begin: int, end: int, given: Any) -> Any:
+        """Of items ``begin`` to ``end``: what the last of them makes; of the rest, what ``code`` returns."""
+        self.begin, self.end, self.given, self.reached = begin, end, given, 0
+        try:
+            if begin == 0:
+                made = code()
+            else:
+                with Before(self):
+                    made = code()
+        except Left as left:
+            made = left.made
+        finally:
+            self.given = None
+            self.begin, self.end = 0, len(self.blocks) + 1
+        return made
+
+
+class Before(TorchFunctionMode):
+    """Until the stage begins, what meets a tensor without numbers has none itself; after that nothing may meet one."""
+
+    def __init__(self, cuts: Cuts) -> None:
+        super().__init__()
+        self.cuts = cuts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(t, Tensor) and t.is_meta for t in tree_flatten((args, kwargs))[0]):
+            if self.cuts.reached >= self.cuts.begin and func not in ASKS:
+                raise TaskError(
+                    f"after block {self.cuts.names[self.cuts.begin - 1]!r}, {type(self.cuts.task).__name__}'s model uses what it computed before "
+                    f"that block ended, beside the block's own result ({getattr(func, '__name__', func)}). A pipeline passes on only what a block "
+                    "returns: let the blocks return that, too, or make one block of those it skips (the task's blocks(model))."
+                )
+            args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+            try:
+                return func(*args, **kwargs)
+            except NotImplementedError as error:
+                raise TaskError(
+                    f"{type(self.cuts.task).__name__}'s code before block {self.cuts.names[self.cuts.begin - 1]!r} looks at numbers that another stage "
+                    f"computes: {error}"
+                ) from error
+        return func(*args, **kwargs)
+
+
+#: What may be asked of a tensor without numbers at any time.
+ASKS = {
+    Tensor.is_meta.__get__,
+    Tensor.shape.__get__,
+    Tensor.device.__get__,
+    Tensor.dtype.__get__,
+    Tensor.requires_grad.__get__,
+}  # type: ignore[attr-defined]
+
+
+def out_of_order(task: Task, names: Sequence[str], now: int, reached: int) -> str:
+    who = type(task).__name__
+    if now < reached:
+        return f"{who}'s model runs block {names[now]!r} twice in a forward pass: a pipeline needs each block once. Make one block of what runs between."
+    return f"{who}'s model runs block {names[now]!r} before {names[reached]!r}: a pipeline needs them in the order of blocks(model), one after the other."
+
+
+# -- tensors that pass a cut
+
+
+def tensors_of(made: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(made)[0] if isinstance(t, Tensor)]
+
+
+def rebuilt(made_of: int, tensors: Sequence[Tensor]) -> Any:
+    """``made_of``: 0, a tensor; else a tuple of so many."""
+    return tuple(tensors) if made_of else tensors[0]
+
+
+def made_of(made: Any) -> int:
+    """-1: neither a tensor nor a tuple or list of tensors."""
+    if isinstance(made, Tensor):
+        return 0
+    if isinstance(made, tuple | list) and made and all(isinstance(t, Tensor) for t in made):
+        return len(made)
+    return -1
+
+
+# -- looking at a model
+
+
+class Uses(TorchFunctionMode):
+    """At which items parameters and buffers are used."""
+
+    def __init__(self, cuts: Cuts) -> None:
+        super().__init__()
+        self.cuts = cuts
+        model = cuts.model
+        self.names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self.found: dict[str, set[int]] = {n: set() for n in self.names.values()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tree_flatten((args, kwargs or {}))[0]:
+            if isinstance(t, Tensor) and id(t) in self.names:
+                self.found[self.names[id(t)]].add(self.cuts.reached)
+        return func(*args, **(kwargs or {}))
+
+
+def learn(
+    task: Task, model: nn.Module, batch_of: Callable[[int], Any], examples: int, microbatches: int
+) -> PipelineFacts:
+    """``examples``: of each of the ``microbatches``. Leaves the model's gradients as they were."""
+    batch = batch_of(examples)
+    who = type(task).__name__
+    blocks = find_blocks(task, model)
+    if not blocks:
+        raise Incompatible(
+            f"{who}'s model has no blocks that run one after the other, so there is nothing to cut: give the task blocks(model), or use --pattern sharded."
+        )
+    cuts = Cuts(task, model)
+    kinds: list[int] = []
+
+    def note(k: int, made: Any) -> Any:
+        kinds.append(made_of(made))
+        if kinds[-1] < 0:
+            raise Incompatible(
+                f"block {cuts.names[k]!r} of {who}'s model returns a {type(made).__name__}: a pipeline passes on a tensor, or a tuple of tensors. "
+                "Return that, or choose other blocks by the task's blocks(model)."
+            )
+        return made
+
+    before = {n: p.grad for n, p in model.named_parameters()}
+    try:
+        cuts.on_made = note
+        with Uses(cuts) as uses, torch.no_grad():
+            cuts.run(lambda: task.loss(model, batch), 0, len(blocks) + 1, None)
+        if len(kinds) < len(blocks):
+            raise Incompatible(
+                f"{who}'s loss does not run block {cuts.names[len(kinds)]!r}: leave it out of the task's blocks(model)."
+            )
+        found = {n: sorted(at) or [0] for n, at in uses.found.items()}
+        params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
+        items = profile(task, model, cuts, batch, weights)
+    finally:
+        cuts.undo()
+        for n, p in model.named_parameters():
+            p.grad = before[n]
+    cores = len(os.sched_getaffinity(0))
+    return PipelineFacts(
+        items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches, cores=cores
+    )
+
+
+def profile(
+    task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
+) -> list[ItemFact]:
+    """Seconds and bytes of each item for one micro-batch; of some passes, the quickest."""
+    num = len(cuts.blocks) + 1
+    passes = [Pass(task, model, cuts, batch, weights) for _ in range(REPEATS)]
+    last = passes[-1]
+    return [
+        ItemFact(
+            name=cuts.names[k] if k < num - 1 else REST,
+            forward_s=min(of.forward_s[k] for of in passes),
+            input_gradient_s=min(of.input_gradient_s[k] for of in passes),
+            weight_gradient_s=min(of.weight_gradient_s[k] for of in passes),
+            output_bytes=sum(t.numel() * t.element_size() for t in last.made[k]) if k < num - 1 else 0,
+            activation_bytes=last.saved[k],
+        )
+        for k in range(num)
+    ]
+
+
+class Pass:
+    """One forward and backward, item by item: each gets what the one before made as a leaf, so that its gradients end there."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
+    ) -> None:
+        num = len(cuts.blocks) + 1
+        self.cuts = cuts
+        self.given: list[list[Tensor]] = [[]]
+        self.made: list[list[Tensor]] = []
+        self.forward_s, self.saved = [0.0] * num, [0] * num
+        self.input_gradient_s, self.weight_gradient_s = [0.0] * num, [0.0] * num
+        self._seen = {own(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        cuts.on_made = self._made
+        self._begun = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
+            loss = cuts.run(lambda: task.loss(model, batch), 0, num, None)
+        self.forward_s[-1] = time.perf_counter() - self._begun
+        self.made.append([loss])
+        grads = [torch.ones_like(loss)]
+        for k in reversed(range(num)):
+            grads = self._backward(k, grads, weights[k])
+
+    def _made(self, k: int, made: Any) -> Any:
+        self.forward_s[k] = time.perf_counter() - self._begun
+        given = passed(made)
+        self.made.append(tensors_of(made))
+        self.given.append([t for t in tensors_of(given) if t.requires_grad])
+        self._begun = time.perf_counter()
+        return given
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        mine = own(tensor)
+        if mine.layout == torch.strided and (key := mine.untyped_storage().data_ptr()) not in self._seen:
+            self._seen.add(key)
+            self.saved[self.cuts.reached] += mine.untyped_storage().nbytes()
+        return tensor
+
+    def _backward(self, k: int, grads: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> list[Tensor]:
+        made, given = [t for t in self.made[k] if t.requires_grad], self.given[k]
+        begin = time.perf_counter()
+        back, later = input_gradient(made, grads, given, weights)
+        between = time.perf_counter()
+        later()
+        self.input_gradient_s[k], self.weight_gradient_s[k] = between - begin, time.perf_counter() - between
+        return back
+
+
+# -- backward, whole and in two
+
+
+def whole_backward(made: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the weights are added up where they belong; those of what was ``given`` are returned."""
+    torch.autograd.backward(list(made), list(grads))
+    return [take_grad(t) for t in given]
+
+
+def input_gradient(
+    made: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor], weights: Sequence[nn.Parameter]
+) -> tuple[list[Tensor], Callable[[], None]]:
+    """(gradients of what was given, what computes those of the weights later). Of the first stage, which was given nothing, all is later."""
+    if not given:
+        return [], lambda: torch.autograd.backward(list(made), list(grads))
+    _, groups = stage_backward_input(list(made), list(grads), list(given), iter(weights))
+
+    def later() -> None:
+        stage_backward_weight(iter(weights), groups)
+
+    return [take_grad(t) for t in given], later
+
+
+def take_grad(tensor: Tensor) -> Tensor:
+    grad, tensor.grad = tensor.grad, None
+    return torch.zeros_like(tensor) if grad is None else grad
+
+
+def passed(made: Any) -> Any:
+    """As it comes out of a cut: a leaf, whose gradient goes back."""
+    return tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, made)

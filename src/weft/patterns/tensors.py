@@ -1,0 +1,388 @@
+"""Tensor parallelism on a model as it stands: which modules to cut and how, found and rehearsed before a run; and the cutting.
+
+Linears that feed one another are cut in pairs, the first by columns, the second by rows, so that what lies between (activations of an MLP, heads
+of an attention) is each worker's own and one all-reduce follows (Shoeybi et al. 2019, 1909.08053). Between them a tensor is a DTensor: the model's
+own code sees the whole shape, and torch refuses, or exchanges, where that code needs more than a worker has. The rehearsal counts these exchanges:
+a pair that needs more than its own is not cut, or refused.
+
+The one place that knows torch's styles, its way to register an operation, and what it lacks on CPUs. tests/patterns/test_tensors.py holds it to that.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication, register_sharding
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from weft.comm.link import Op, SoloLink
+from weft.comm.torch_backend import process_groups
+from weft.errors import CommError, Incompatible, TaskError, WeftError
+from weft.patterns.base import TensorFacts
+from weft.patterns.saved import SavedBytes
+from weft.task import Task
+
+aten = torch.ops.aten
+
+COLUMN: Final = "column"
+ROW: Final = "row"
+EMBEDDING: Final = "embedding"
+HEAD: Final = "head"
+KINDS: dict[str, type[nn.Module]] = {COLUMN: nn.Linear, ROW: nn.Linear, EMBEDDING: nn.Embedding, HEAD: nn.Linear}
+FUSED = (1, 2, 3)  # projections that one Linear may hold: up and gate, query and key and value
+
+
+# -- cutting
+
+
+def cut(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
+    """Parameters of these modules become DTensors, each worker's a part of what it has. Tied ones stay tied."""
+    sites: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            sites.setdefault(id(p), []).append((module, name))
+    # found before any is replaced
+    tied = [each for each in sites.values() if len(each) > 1]
+    modules = dict(model.named_modules())
+    for name, style in styles.items():
+        parallelize_module(modules[name], mesh, style_of(style), src_data_rank=None)
+    for (first, first_name), *others in tied:
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+
+
+def style_of(style: str) -> ParallelStyle:
+    if style == ROW:
+        return RowwiseParallel()
+    if style == EMBEDDING:
+        return RowwiseParallel(input_layouts=Replicate())
+    return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)  # a column's or the head's
+
+
+@contextmanager
+def computing(facts: TensorFacts | None) -> Iterator[None]:
+    """Around forward and backward of a model that is cut: its plain tensors count as whole on every worker."""
+    with ExitStack() as inside:
+        inside.enter_context(implicit_replication())
+        if facts is not None and HEAD in facts.styles.values():
+            inside.enter_context(loss_parallel())
+        yield
+
+
+# -- what torch lacks on CPUs
+
+
+@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def _attention(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> Sequence[Any]:
+    """Heads (dim 1) and examples (dim 0) are independent of each other."""
+    return [([p, p], [p, p, p, *[None] * len(rest)]) for p in (Replicate(), Shard(0), Shard(1))]
+
+
+@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+def _attention_backward(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **more: Any) -> Sequence[Any]:
+    return [([p, p, p], [p] * 6 + [None] * len(rest)) for p in (Replicate(), Shard(0), Shard(1))]
+
+
+def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Random numbers in place, the same as one process draws: each worker draws all and keeps its part. Generators stay alike."""
+    given = args[0]
+    drawn = op(torch.empty(given.shape, dtype=given.dtype, device=given.device), *args[1:], **kwargs)
+    part = drawn
+    at = given.device_mesh.get_coordinate()
+    for axis in reversed(range(given.device_mesh.ndim)):
+        placement = given.placements[axis]
+        if not placement.is_replicate():
+            part = part.chunk(given.device_mesh.size(axis), placement.dim)[at[axis]]
+    given.to_local().copy_(part)
+    return given
+
+
+for _op in (aten.bernoulli_.float, aten.uniform_.default, aten.normal_.default):
+    DTensor._op_dispatcher._custom_op_handlers[_op] = _drawn_whole
+
+
+# -- what to cut
+
+
+@dataclass
+class Call:
+    """One of a Linear or an Embedding, in the order of the forward pass."""
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+
+
+@dataclass
+class Pair:
+    columns: list[str]
+    row: str
+    styles: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.styles = dict.fromkeys(self.columns, COLUMN) | {self.row: ROW}
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.columns)} and {self.row}"
+
+
+def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
+    """How to cut this model over ``degree`` workers, and what a step then exchanges. Incompatible where nothing can be cut."""
+    left: dict[str, str] = {}
+    if asked := task.tensor_plan(model):
+        styles = check_plan(task, model, asked, degree)
+        return rehearse(task, model, batch, styles, degree, left)
+    calls = observe(task, model, batch)
+    pairs = find_pairs(calls)
+    styles = {}
+    facts: TensorFacts | None = None
+    exchanges: dict[tuple[str, ...], int] = {}
+    for pair in pairs:
+        kind = tuple(without_numbers(name) for name in pair.styles)  # of blocks that repeat, one is tried
+        if kind not in exchanges:
+            exchanges[kind] = try_out(task, model, batch, pair, degree)
+        if exchanges[kind] > (
+            needed := 1 + len(pair.columns)
+        ):  # of what the row makes; backward, of what each column was given
+            why = f"what lies between them needs all of it: {exchanges[kind]} exchanges instead of {needed}"
+            left |= dict.fromkeys(pair.styles, why)
+        else:
+            styles |= pair.styles
+    ends, why = find_ends(task, model, batch, calls, degree)
+    left |= why
+    if not styles and not ends:
+        raise Incompatible(
+            f"tensor={degree}: {type(task).__name__}'s model has no Linears that feed one another, so there is nothing to cut: use --pattern sharded, "
+            "or say what to cut by the task's tensor_plan(model)."
+        )
+    if ends:
+        try:
+            facts = rehearse(task, model, batch, styles | ends, degree, left)
+        except WeftError:
+            raise
+        except Exception as error:  # whatever DTensor makes of a user's loss
+            left |= {name: f"the loss does not compute with its part: {one_line(error)}" for name in ends}
+    return facts or rehearse(task, model, batch, styles, degree, left)
+
+
+def without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def one_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def check_plan(task: Task, model: nn.Module, asked: Mapping[str, str], degree: int) -> dict[str, str]:
+    """The task's own plan, with its stars resolved."""
+    modules, who = dict(model.named_modules()), f"{type(task).__name__}.tensor_plan"
+    styles: dict[str, str] = {}
+    for pattern, style in asked.items():
+        if style not in KINDS:
+            raise TaskError(f"{who} gives {pattern!r} the style {style!r}: possible are {', '.join(KINDS)}.")
+        found = [name for name in modules if name and fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise TaskError(f"{who} names {pattern!r}, which is no module of the model: see model.named_modules().")
+        for name in found:
+            if not isinstance(modules[name], KINDS[style]):
+                raise TaskError(
+                    f"{who} cuts {name!r} as {style}, and it is a {type(modules[name]).__name__}, not a {KINDS[style].__name__}."
+                )
+            styles[name] = style
+    for name, style in styles.items():
+        if why := indivisible(modules[name], style, degree):
+            raise Incompatible(
+                f"tensor={degree} cannot cut {name}: {why}. Use another degree, or leave it out of {who}."
+            )
+    return styles
+
+
+def indivisible(module: nn.Module, style: str, degree: int) -> str:
+    """Why its size does not allow it, if it does not."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    size, what = (
+        (weight.shape[1], "inputs") if style == ROW else (weight.shape[0], "rows" if style == EMBEDDING else "outputs")
+    )
+    return f"its {size} {what} cannot be divided by {degree}" if size % degree else ""
+
+
+def observe(task: Task, model: nn.Module, batch: Any) -> list[Call]:
+    calls: list[Call] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(made, Tensor):
+            calls.append(Call(names[module], module, args[0], made))
+
+    hooks = [m.register_forward_hook(note) for m in names if isinstance(m, nn.Linear | nn.Embedding)]
+    try:
+        with torch.no_grad():
+            task.loss(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def find_pairs(calls: Sequence[Call]) -> list[Pair]:
+    """Linears with one input, and the one that comes next, if its width is theirs."""
+    times: dict[str, int] = {}
+    for call in calls:
+        times[call.name] = times.get(call.name, 0) + 1
+    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    together: list[list[Call]] = []
+    for call in linears:
+        if together and together[-1][0].given is call.given:
+            together[-1].append(call)
+        else:
+            together.append([call])
+    pairs, k = [], 0
+    while k + 1 < len(together):
+        first, second = together[k], together[k + 1]
+        names = {call.name for call in first}
+        if (
+            len(second) == 1
+            and second[0].name not in names
+            and all(times[c.name] == 1 for c in (*first, *second))
+            and fits([c.made.shape[-1] for c in first], second[0].given.shape[-1])
+        ):
+            pairs.append(Pair([c.name for c in first], second[0].name))
+            k += 2
+        else:
+            k += 1
+    return pairs
+
+
+def fits(made: Sequence[int], taken: int) -> bool:
+    """One of several makes as many numbers as the next takes (others fewer: keys that queries share); or one makes them in one piece."""
+    return taken == max(made) if len(made) > 1 else made[0] in [k * taken for k in FUSED]
+
+
+def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -> int:
+    """Exchanges of a step in which this pair alone is cut. Incompatible where it cannot be."""
+    modules = dict(model.named_modules())
+    cure = "Use another degree, change the model, or say what to cut by the task's tensor_plan(model)."
+    for name, style in pair.styles.items():
+        if why := indivisible(modules[name], style, degree):
+            raise Incompatible(f"tensor={degree} cannot cut {pair}: of {name}, {why}. {cure}")
+    try:
+        return rehearse(task, model, batch, pair.styles, degree, {}).exchanges
+    except WeftError:
+        raise
+    except Exception as error:  # whatever DTensor makes of the code between them
+        raise Incompatible(
+            f"tensor={degree} cannot cut {pair}: heads must be divisible by {degree}, and what belongs to a head lie together, as by "
+            f".view(..., heads, 3, width) and not (..., 3, heads, width). torch says of the code between them: {one_line(error)} {cure}"
+        ) from error
+
+
+def find_ends(
+    task: Task, model: nn.Module, batch: Any, calls: Sequence[Call], degree: int
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Embeddings and the head, where their part saves more than their exchange costs; and why not, of large ones."""
+    names: dict[str, str] = {}
+    left: dict[str, str] = {}
+    embeddings = [call for call in calls if isinstance(call.module, nn.Embedding)]
+    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    last = linears[-1] if linears else None
+    weights = {id(call.module.weight) for call in embeddings}
+    tied = last is not None and id(last.module.weight) in weights
+    for call in embeddings:
+        both = tied and last is not None and call.module.weight is last.module.weight
+        if any(call.module is not other.module and call.module.weight is other.module.weight for other in embeddings):
+            continue
+        if call.module.weight.numel() < 2 * call.made.numel():
+            continue  # what would travel is more than what it holds
+        if why := indivisible(call.module, EMBEDDING, degree):
+            left[call.name] = why
+            continue
+        names[call.name] = EMBEDDING
+        if both:
+            assert last is not None
+            names[last.name] = HEAD
+    if last is not None and not tied and last.module.weight.numel() >= 2 * last.made.numel():
+        if why := indivisible(last.module, HEAD, degree):
+            left[last.name] = why
+        else:
+            names[last.name] = HEAD
+    return names, left
+
+
+# -- rehearsal
+
+
+class Rehearsal(SoloLink):
+    """One of ``world`` ranks, of which the others are thought: it counts what would travel."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+        self.calls, self.nbytes = 0, 0
+
+    def _count(self, tensors: Sequence[Tensor]) -> None:
+        self.calls += 1
+        self.nbytes += sum(t.numel() * t.element_size() for t in tensors)
+
+    def all_reduce(self, buffers: Sequence[Tensor], op: Op = "sum") -> None:
+        self._count(buffers)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        self._count([tensor])
+        return [tensor.detach().clone() for _ in range(self.world)]
+
+
+def rehearse(
+    task: Task, model: nn.Module, batch: Any, styles: Mapping[str, str], degree: int, left: Mapping[str, str]
+) -> TensorFacts:
+    """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut."""
+    model = copy.deepcopy(model).train()
+    model.zero_grad(set_to_none=True)
+    link = Rehearsal(degree)
+    with process_groups(link):
+        cut(model, styles, init_device_mesh("cpu", (degree,), mesh_dim_names=("tensor",)))
+        facts = TensorFacts(
+            styles=dict(styles),
+            parameters=[
+                n
+                for n, p in model.named_parameters()
+                if isinstance(p, DTensor) and any(at.is_shard() for at in p.placements)
+            ],
+            exchanged=0,
+            exchanges=0,
+            activation_bytes=0,
+            left=dict(left),
+        )
+        saved = SavedBytes(model)
+        link.calls = link.nbytes = 0
+        with computing(facts):
+            with saved:
+                loss = task.loss(model, batch)
+            loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
+            if loss.dim():
+                raise CommError(f"the loss has shape {tuple(loss.shape)}")
+            loss.backward()
+    return TensorFacts(
+        styles=facts.styles,
+        parameters=facts.parameters,
+        exchanged=link.nbytes,
+        exchanges=link.calls,
+        activation_bytes=saved.total,
+        left=facts.left,
+    )

@@ -1,0 +1,67 @@
+"""Messages come whole, under their tags, in whatever order they are asked for; who sends does not wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.comm.test_links import connect_inproc
+
+from weft.comm.channel import Channel, packed, unpacked
+from weft.comm.inproc import inproc_endpoints
+from weft.errors import CommError
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16, torch.bool])
+
+
+@given(st.lists(st.tuples(SHAPES, DTYPES), max_size=4))
+def test_what_is_packed_comes_out(kinds: list[tuple[list[int], torch.dtype]]) -> None:
+    message = [torch.randint(0, 2, shape).to(dtype) for shape, dtype in kinds]
+    tag, got = unpacked(packed((3, True, 7), message))
+    assert tag == (3, True, 7)
+    assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in message]
+    assert all(torch.equal(a, b) for a, b in zip(got, message, strict=True))
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    endpoints = inproc_endpoints(2)
+    first, second = (connect_inproc(rank, 2, endpoints, 2.0) for rank in range(2))
+    sender, receiver = Channel(first, sends=True), Channel(second, sends=False)
+    yield sender, receiver
+    for channel in (sender, receiver):
+        channel.link.close()
+        channel.close()
+
+
+def test_a_sender_goes_on_and_the_receiver_asks_in_any_order(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    for k in range(5):
+        sender.send((k,), [torch.full((3,), float(k)), torch.tensor(k)])
+    receiver.expect(5)
+    for k in (3, 0, 4, 1, 2):
+        values, number = receiver.take((k,))
+        assert values.tolist() == [k] * 3
+        assert number.item() == k
+    sender.flush()
+    assert not receiver._arrived
+
+
+def test_what_never_comes_is_an_error_that_names_who_is_late(ends: tuple[Channel, Channel]) -> None:
+    _, receiver = ends
+    receiver.expect(1)
+    with pytest.raises(CommError, match="did not come within 2 s"):
+        receiver.take((0,))
+
+
+def test_a_sender_that_dies_is_seen_by_who_waits(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    receiver.expect(1)
+    threading.Timer(0.2, lambda: sender.link.fail(CommError("gone for a reason"))).start()
+    with pytest.raises(CommError):
+        receiver.take((0,))

@@ -1,0 +1,108 @@
+"""Tensor and Mesh are one process on the joined batch, whatever the optimizer, clipping, precision and dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.laws.reference import Regression, distance, train_plainly
+from tests.variants import rest_slow
+from torch import nn
+
+import weft
+from weft.compare import final_parameters
+from weft.patterns.base import Pattern
+from weft.patterns.mesh import Mesh
+from weft.patterns.tensor import Tensor
+from weft.tasks.codelm import CodeLM
+
+STEPS = 5
+EQUAL = 1e-9
+
+pytestmark = pytest.mark.multiprocess
+
+T2 = (Tensor(), 2)
+DATA2_TENSOR2 = (Mesh(data=2, tensor=2), 4)
+SHARDED2_TENSOR2 = (Mesh(sharded=2, tensor=2), 4)
+LAYOUTS = {"tensor": T2, "data x tensor": DATA2_TENSOR2, "sharded x tensor": SHARDED2_TENSOR2}
+
+
+class Wide(Regression):
+    """A stranger's MLP: pairs, a lone Linear, a norm between; dropout within a pair, where workers hold different columns, and outside."""
+
+    dropout = 0.0
+
+    def model(self) -> nn.Module:
+        return WideNet(self.dropout)
+
+
+class WideNet(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.gate, self.up, self.down = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(12, 1)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.norm(torch.tanh(self.first(x))), self.dropout, self.training)
+        x = torch.tanh(self.second(x))
+        return self.down(F.dropout(torch.sigmoid(self.gate(x)) * self.up(x), self.dropout, self.training))
+
+
+class Dropped(Wide):
+    dropout = 0.3
+
+
+def train(path: Path, task: weft.Task, pattern: Pattern, workers: int, **settings: Any) -> dict[str, torch.Tensor]:
+    settings = {"dtype": "float64", "steps": STEPS, "batch": 24, "seed": 3, "cluster": "local"} | settings
+    result = weft.run(task, workers=workers, pattern=pattern, run_dir=path, **settings)
+    return final_parameters(result.run_dir)
+
+
+@pytest.mark.parametrize("layout", rest_slow(list(LAYOUTS), keep=2))
+@pytest.mark.parametrize("optimizer", rest_slow(["adamw", "sgd"]))
+def test_equals_one_process_on_the_joined_batch(tmp_path: Path, layout: str, optimizer: str) -> None:
+    truth = train_plainly(Wide(optimizer), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", Wide(optimizer), *LAYOUTS[layout]), truth) <= EQUAL
+
+
+@pytest.mark.parametrize("layout", rest_slow(list(LAYOUTS)[::-1]))
+def test_equals_one_process_on_a_language_model(tmp_path: Path, layout: str) -> None:
+    """Attention, tied embeddings cut by rows, and the loss of a head that is cut by classes."""
+    task = CodeLM(size="small", layers=2, seq_len=16, test_windows=8)
+    truth = train_plainly(task, steps=3, batch=6, run_seed=3)
+    assert distance(train(tmp_path / "run", task, *LAYOUTS[layout], batch=6, steps=3), truth) <= EQUAL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipping_is_of_the_whole_gradient(tmp_path: Path, layout: str) -> None:
+    pattern, workers = LAYOUTS[layout]
+    clipped = dataclasses.replace(pattern, clip_norm=0.05)
+    truth = train_plainly(Wide(), steps=STEPS, batch=24, run_seed=3, clip=0.05)
+    got = train(tmp_path / "run", Wide(), clipped, workers)
+    assert distance(got, truth) <= 1e-5  # torch divides by norm + 1e-6, we by the norm
+    assert distance(got, train_plainly(Wide(), steps=STEPS, batch=24, run_seed=3)) > 1e-3
+
+
+@pytest.mark.parametrize("layout", rest_slow(list(LAYOUTS)[1:]))
+def test_dropout_is_that_of_data_parallelism(tmp_path: Path, layout: str) -> None:
+    """Shares draw different numbers; workers that hold a tensor together draw the same, and keep each its own."""
+    pattern, workers = LAYOUTS[layout]
+    shares = pattern.shares(workers)
+    truth = train(tmp_path / "plain", Dropped(), weft.AllReduce(), shares)
+    assert distance(train(tmp_path / "run", Dropped(), pattern, workers), truth) <= EQUAL
+    assert distance(train_plainly(Wide(), steps=STEPS, batch=24, run_seed=3), truth) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accumulation_changes_nothing(tmp_path: Path, layout: str) -> None:
+    pattern, workers = LAYOUTS[layout]
+    pieces = dataclasses.replace(pattern, accumulate=3)
+    truth = train_plainly(Wide("adamw"), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", Wide("adamw"), pieces, workers), truth) <= EQUAL
