@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.errors import MemberFailed as MemberFailed
     from weft.errors import TaskError as TaskError
     from weft.errors import WeftError as WeftError
+    from weft.exporting import export as export
     from weft.patterns.allreduce import AllReduce as AllReduce
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
@@ -49,6 +50,7 @@ _HOMES = {
     "Tensor": "weft.patterns.tensor",
     "Torchrun": "weft.clusters.torchrun",
     "WeftError": "weft.errors",
+    "export": "weft.exporting",
     "resume": "weft.driver",
     "run": "weft.driver",
 }

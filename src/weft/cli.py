@@ -262,6 +262,12 @@ app.command("explain", cls=_TrainingCommand)(_training_command(_explain))
 @app.command()
 def resume(
     run_dir: RunArgument,
+    o: PatternSettings,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", "-p", help="another pattern (see `weft patterns`)")
+    ] = None,
+    compress: Compress = None,
+    cluster: Annotated[str | None, typer.Option(help="another place: local, inprocess, torchrun")] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-w", help="another number of workers")] = None,
     balance: Annotated[str | None, typer.Option(help="another way to share a batch: none or auto")] = None,
     link: Annotated[str | None, typer.Option(help="another carrier")] = None,
@@ -279,21 +285,22 @@ def resume(
         int | None, typer.Option(help="serve Prometheus metrics (0: any free port; -1: none)")
     ] = None,
     insecure: Insecure = False,
-    compress: Annotated[str | None, typer.Option(hidden=True)] = None,
     json_: Json = False,
 ) -> None:
-    """Go on with a run from its newest good checkpoint."""
-    if compress is not None:
-        raise ConfigError(
-            f"compress={compress!r} cannot be given to a resume: what the run's own codec holds back is part of its checkpoint. "
-            "Leave --compress out, or start a new run."
-        )
+    """Go on with a run from its newest good checkpoint, also under another pattern or with other options of it."""
     from weft import driver
     from weft.clusters import follows, under_torchrun
+    from weft.options import parse_assignments
 
+    if compress is not None:
+        o = [*o, f"compress={compress}"]
+    options = parse_assignments(o, "pattern")
     with _terminal(json_, under_torchrun() and follows("torchrun")) as terminal:
         result = driver.resume(
             run_dir,
+            pattern=pattern,
+            pattern_options=options,
+            cluster=cluster,
             workers=workers,
             balance=balance,
             link=link,
@@ -363,6 +370,29 @@ def diff(
         print(
             f"largest difference {found.max_abs:.3g} (in {found.name}), {found.relative_to_norm:.3g} of the global norm of {run_a}"
         )
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    to: Annotated[str, typer.Option(help="safetensors, or torch: a state_dict saved by torch.save")] = "safetensors",
+    output: Annotated[
+        Path | None, typer.Option(help="the file to write [default: model.safetensors or model.pt in the run's folder]")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="of this checkpoint [default: the newest good one]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
+    json_: Json = False,
+) -> None:
+    """Write the model of a run to one ordinary file that plain torch reads."""
+    from weft.exporting import export as write
+
+    done = write(run_dir, to, output, step=step, force=force)
+    for why in done.skipped:
+        print(f"warning: skipped a damaged checkpoint: {why}", file=sys.stderr)
+    if json_:
+        _print_json({"path": str(done.path), "step": done.step, "tensors": done.num_tensors, "bytes": done.bytes})
+    else:
+        print(f"{done.path}  step {done.step}  {done.num_tensors} tensors  {done.bytes / 1e6:.2f} MB")
 
 
 @app.command()

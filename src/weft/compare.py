@@ -15,7 +15,7 @@ from weft.resilience.checkpoint import Difference, largest_difference
 def final_parameters(run_dir: str | Path) -> dict[str, Tensor]:
     """Model state by name from the newest good checkpoint of a run."""
     folder = RunFolder.open(run_dir)
-    found, skipped = checkpoint.newest_good(folder.checkpoints)
+    found, skipped = checkpoint.newest_good(folder.checkpoints, only=(FIRST_PART,))
     if found is None:
         why = "; ".join(skipped) or "none was saved"
         raise CheckpointError(f"the run {str(run_dir)!r} has no good checkpoint: {why}.")

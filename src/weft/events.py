@@ -17,7 +17,7 @@ Kinds and their ``values``:
   equivalence before the run: text, detail; tolerance, steps (each: difference, loss, loss_difference, name, shape, worst, own), by_shares
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
-  resumed   path, step
+  resumed   path, step; pattern, world: what saved it
   failed    cause, traceback
   restarted attempt, from_step
   warning   text

@@ -28,7 +28,8 @@ from weft.errors import CheckpointError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
-from weft.patterns.base import Context, Resume, SafePoint, StepReport
+from weft.patterns.base import Context, Pattern, Resume, SafePoint, StepReport, left_behind
+from weft.patterns.handover import without
 from weft.patterns.preflight import own_device, preflight
 from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
@@ -80,7 +81,9 @@ def find_checkpoint(seat: Seat) -> None:
     found, skipped = checkpoint.newest_good(Path(seat.spec.payload["run_dir"]) / CHECKPOINTS)
     seat.send({"skipped": skipped})
     if found is not None:
-        seat.send({"path": str(found.path), "step": found.step, "world": found.world})
+        pattern = saved_under(found.path, found.meta)
+        told = {"pattern": pattern.name, "pattern_options": registry.options_of(pattern)}
+        seat.send({"path": str(found.path), "step": found.step, "world": found.world, **told})
 
 
 def work(seat: Seat) -> None:
@@ -96,12 +99,8 @@ def work(seat: Seat) -> None:
     reporter = Reporter(seat, Usage(device), config.workers)
     resume: Resume | None = None
     if job.resume_from:
-        same = checkpoint.read_manifest(Path(job.resume_from)).world == config.workers
-        found = checkpoint.load(
-            Path(job.resume_from), only=(FIRST_PART, part_of(pattern.writer_for(rank))) if same else None
-        )
-        resume = Resume(found.step, found.world, cast(Any, found.parts), found.meta)
-        reporter.step = found.step
+        resume = take_up(Path(job.resume_from), pattern, config, rank)
+        reporter.step = resume.step
     names = [g.name for g in pattern.groups(job.facts, config.workers) if rank in g.members]
     spans: Spans | None = None
     with contextlib.ExitStack() as at_end:
@@ -136,6 +135,28 @@ def work(seat: Seat) -> None:
             spans=spans,
         )
         drive(resolve(role.entry)(context), reporter, job, world, spans)
+
+
+def saved_under(path: Path, meta: Mapping[str, Any]) -> Pattern:
+    """The pattern that saved a checkpoint. Raises CheckpointError for one of before checkpoints said so in full."""
+    if "pattern_options" not in meta:
+        raise CheckpointError(
+            f"checkpoint {path} is of an older Weft, whose checkpoints do not name the options of their pattern: resume with the version "
+            "of Weft that saved it."
+        )
+    return registry.build(meta["pattern"], meta["pattern_options"])
+
+
+def take_up(path: Path, pattern: Pattern, config: Config, rank: int) -> Resume:
+    """What a checkpoint, of whatever pattern and world, holds for this rank."""
+    manifest = checkpoint.read_manifest(path)
+    saved = saved_under(path, manifest.meta)
+    lost = [kept.kind for kept in left_behind(saved, manifest.world, pattern, config.workers)]
+    own = pattern.writer_for(rank)
+    alike = manifest.world == config.workers and not lost and saved.writer_for(rank) == own
+    found = checkpoint.load(path, only=(FIRST_PART, part_of(own)) if alike else None)
+    parts = cast(Any, found.parts)
+    return Resume(found.step, found.world, without(parts, lost) if lost else parts, found.meta)
 
 
 class Reporter:
@@ -241,6 +262,7 @@ def save(point: SafePoint, reporter: Reporter, job: Job, link: Link) -> None:
         **point.meta(),
         "step": point.version,
         "pattern": config.pattern,
+        "pattern_options": config.pattern_options,
         "seed": config.seed,
         "events": events.VERSION,
     }

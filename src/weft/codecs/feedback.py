@@ -82,7 +82,7 @@ class ErrorFeedback(Plain):
         return {"residual": by_name(self.residual, self.segments)}
 
     def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Without an ``own`` of this rank (another world than then) nothing is left over."""
+        """Without an ``own`` of this rank nothing is left over."""
         self.exchanges = int(state.get("exchanges", 0))
         self._warm_up()
         super().load_state_dict(state, own)
@@ -111,13 +111,6 @@ class RunningMomentum:
         self.velocity.mul_(m.factor).add_(x, alpha=1 - m.factor if m.is_mean else 1.0)
         torch.mul(self.velocity, 1 / (1 - m.factor**self.steps) if m.is_mean else 1.0, out=x)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"velocity": self.velocity, "steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.velocity.copy_(state["velocity"])
-        self.steps = int(state["steps"])
-
 
 class MomentumCorrection(ErrorFeedback):
     """Momentum is taken before the codec instead of after it, by each rank of its own gradients: then what waits in the residual
@@ -143,12 +136,15 @@ class MomentumCorrection(ErrorFeedback):
         yield from super().exchange(x, keys, world)
         self.momentum.velocity.masked_fill_(waited.logical_and_(self.residual != before), 0.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.momentum.steps}
+
     def own_state_dict(self) -> dict[str, Any]:
         return super().own_state_dict() | {"velocity": by_name(self.momentum.velocity, self.segments)}
 
     def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         super().load_state_dict(state, own)
-        self.momentum.steps = self.exchanges
+        self.momentum.steps = int(state.get("steps", 0))
         self.momentum.velocity.zero_()
         if own:
             fill(self.momentum.velocity, self.segments, own["velocity"], "the momentum")

@@ -100,6 +100,10 @@ class Spec:
     def choice(self) -> Choice:
         return CODECS[self.name]
 
+    def dropped(self, of: str) -> str:
+        """What becomes of what it held back, where it cannot be gone on with; empty if that is nothing."""
+        return f"what {self.name} held back of {of} is dropped" if self.choice.biased else ""
+
     @property
     def takes_momentum(self) -> bool:
         """It is better taken before this codec than after it; not where all values are sent, and none waits."""

@@ -21,11 +21,12 @@ from weft.config import CHECKED_STEPS, DATA, PLAN, Config, RunFolder
 from weft.driver import equivalence
 from weft.driver.prepare import find_checkpoint, prepare
 from weft.driver.probe import survey
-from weft.driver.requests import make_config, open_cluster, refer
+from weft.driver.requests import make_config, open_cluster, refer, with_pattern
 from weft.driver.results import RunResult
 from weft.driver.supervise import Driver, Interrupts
 from weft.errors import RunFolderError, to_wire
 from weft.fingerprint import fingerprint
+from weft.patterns import registry
 from weft.patterns.base import Pattern
 from weft.payoff import Probe
 from weft.plan import Plan
@@ -174,6 +175,9 @@ def resume(
     run_dir: str | Path,
     *,
     task: Task | None = None,
+    pattern: Pattern | str | None = None,
+    pattern_options: Mapping[str, Any] | None = None,
+    cluster: str | None = None,
     workers: int | None = None,
     balance: str | None = None,
     link: str | None = None,
@@ -193,25 +197,34 @@ def resume(
     observer: Observer | None = None,
     interrupts: Interrupts | None = None,
 ) -> RunResult:
-    """Go on with a run from its newest good checkpoint: bit for bit, or with another number of workers.
+    """Go on with a run from its newest good checkpoint: bit for bit, or with another number of workers, or under another pattern.
 
-    What is None stays as it was, but under torchrun there are as many workers as it started. ``task`` is needed where the
-    run was started with a live object: only names are saved.
-    Raises RunFolderError if there is no such run or it has ended; CheckpointError if no checkpoint of it is good.
+    What is None stays as it was, but under torchrun there are as many workers as it started. ``pattern_options`` are those of
+    ``pattern``; without it, or with the run's own, they change what they name, and its other options stay. The plan says what of
+    the old pattern's state the new one has no place for. ``task`` is needed where the run was started with a live object: only
+    names are saved.
+    Raises RunFolderError if there is no such run or it has ended; CheckpointError if no checkpoint of it is good, or it is of
+    another model.
+
+        weft.resume("runs/digits-allreduce-...", pattern=weft.Sharded(replicas=2), workers=4)
     """
     folder = RunFolder.open(run_dir)
     observer = observer or Silent()
     config = folder.config()
-    here = config.cluster
-    if under_torchrun() or here == "torchrun":
-        here = "auto"  # where we are now, not where it began
-    place = pick_cluster(here)
+    here = "auto" if under_torchrun() or config.cluster == "torchrun" else config.cluster  # now, not where it began
+    place = pick_cluster(cluster or here)
     if (result := folder.result()) is not None:
         if place.restart:  # by torchrun, after all was done
             return RunResult.from_json(result)
         raise RunFolderError(
             f"the run in {str(run_dir)!r} has finished (step {result['steps']}): there is nothing to resume. Start a new run."
         )
+    if cluster is not None and place.name != config.cluster:
+        link = link or "auto"  # as it is there
+    config, notes = with_pattern(config, pattern, pattern_options or {}), []
+    if balance is None and config.balance == "auto" and not registry.PATTERNS[config.pattern].balances:
+        balance = "none"
+        notes.append(f"balance: equal shares from now on, for {config.pattern} does not go by each worker's time")
     if place.name == "torchrun" or workers is not None:
         workers = place.world(workers)
     if workers == 1:
@@ -246,7 +259,7 @@ def resume(
 
     def lead(interrupts: Interrupts) -> RunResult:
         with folder.locked(), interrupts:
-            return train(config, folder, session, observer, interrupts, resumes=True)
+            return train(config, folder, session, observer, interrupts, resumes=True, notes=notes)
 
     with open_cluster(config) as session:
         request = fingerprint("resume", config, str(run_dir))
@@ -298,11 +311,13 @@ def train(
     observer: Observer,
     interrupts: Interrupts,
     resumes: bool = False,
+    notes: Sequence[str] = (),
 ) -> RunResult:
-    """In a folder that is ours: prepare, and run to the end, from the newest checkpoint if it ``resumes``."""
+    """In a folder that is ours: prepare, and run to the end, from the newest checkpoint if it ``resumes``. ``notes``: for the
+    plan."""
     with exported(config, folder, observer) as observers:
         found = find_checkpoint(session, folder, observers) if resumes else None
-        prepared = prepare(config, session, observers, folder)
+        prepared = prepare(config, session, observers, folder, found, notes)
         if prepared.config.check_equivalence and not resumes:
             prepared = dataclasses.replace(prepared, equal=equivalence.check(prepared, folder, session, observers))
         folder.write_config(prepared.config)

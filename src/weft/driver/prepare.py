@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from weft.driver.calls import call
 from weft.driver.probe import resolve
 from weft.events import Event
 from weft.patterns import registry
-from weft.patterns.base import Facts, Pattern
+from weft.patterns.base import Facts, Pattern, left_behind
 from weft.plan import MemberPlan, Plan
 from weft.report.observers import Observer, Observers
 
@@ -53,8 +53,16 @@ class Prepared:
     equal: equivalence.Equivalence | None = None  # to one process, where that was asked for
 
 
-def prepare(config: Config, session: Session, observer: Observer, folder: RunFolder | None) -> Prepared:
-    """Learn the facts in a throw-away member, choose what is `auto`, make the plan."""
+def prepare(
+    config: Config,
+    session: Session,
+    observer: Observer,
+    folder: RunFolder | None,
+    found: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> Prepared:
+    """Learn the facts in a throw-away member, choose what is `auto`, make the plan. ``found``: the checkpoint to go on from, if
+    any; ``notes``: what else to say in the plan."""
     job = Job(config=config, run_dir=str(folder.path) if folder else "")
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
@@ -87,10 +95,12 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
     links = links_of(pattern)
     links[0] = dataclasses.replace(links[0], speed=resolved.speed)
     pattern.check(facts, config)
+    if found:
+        notes = [*about_handover(found, config), *notes]
     total = config.total_steps(facts.train_examples)
     compared = equivalence.announce(config, facts, pattern, total)
     save_every = save_interval(config, total, pattern.period(facts, config))
-    plan = make_plan(config, facts, pattern, links, total, save_every, why, session.notes)
+    plan = make_plan(config, facts, pattern, links, total, save_every, why, [*notes, *session.notes])
     if resolved.choice:
         plan.choices["compress"] = resolved.choice
     plan.choices.update(compared)
@@ -101,7 +111,7 @@ def prepare(config: Config, session: Session, observer: Observer, folder: RunFol
 
 
 def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> dict[str, Any]:
-    """{"path", "step"} of the newest good one; empty if none was ever saved. Damaged ones are told and skipped."""
+    """{"path", "step", "world", "pattern", "pattern_options"} of the newest good one; empty if none was ever saved. Damaged ones are told and skipped."""
     reply = call(session, observer, "weft.member:find_checkpoint", {"run_dir": str(folder.path)})
     for reason in reply["skipped"]:
         observer.on_event(
@@ -109,7 +119,18 @@ def find_checkpoint(session: Session, folder: RunFolder, observer: Observer) -> 
         )
     if "path" not in reply and reply["skipped"]:
         raise errors.CheckpointError(f"no checkpoint of {str(folder.path)!r} is good: {'; '.join(reply['skipped'])}")
-    return reply if "path" in reply else {}
+    return {name: value for name, value in reply.items() if name != "skipped"}
+
+
+def about_handover(found: Mapping[str, Any], config: Config) -> list[str]:
+    """What a run of another pattern or another number of workers goes on with, and what not, for the plan."""
+    saved = registry.build(found["pattern"], found["pattern_options"])
+    now = registry.build(config.pattern, config.pattern_options)
+    lost = [kept.otherwise for kept in left_behind(saved, found["world"], now, config.workers) if kept.otherwise]
+    if not lost and (saved.name, found["world"]) == (now.name, config.workers):
+        return []
+    of = f"step {found['step']} of {saved.name} with {found['world']} worker{'s' * (found['world'] != 1)}"
+    return ["; ".join([f"goes on from {of}", *lost])]
 
 
 def make_plan(
@@ -120,7 +141,7 @@ def make_plan(
     total_steps: int,
     save_every: int,
     why: str,
-    cluster_notes: Sequence[str] = (),
+    more_notes: Sequence[str] = (),
 ) -> Plan:
     carrier = specs[0].carrier
     shares = [
@@ -170,7 +191,7 @@ def make_plan(
             *pattern.notes(facts, config),
             *facts.about_data,
             *([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),
-            *cluster_notes,
+            *more_notes,
         ],
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from weft import compat, tasks
 from weft.clusters import PRELOAD, pick_cluster
 from weft.clusters.base import Cluster, Session
@@ -31,13 +33,7 @@ def make_config(
     **settings: Any,
 ) -> Config:
     """Everything a run needs, checked as far as the task need not be touched. ``settings``: fields of Config."""
-    if isinstance(pattern, str):
-        registry.build(pattern, pattern_options)
-        name, options = pattern, dict(pattern_options)
-    else:
-        if pattern_options:
-            raise ConfigError("pattern_options are for a pattern given by name: set them on the pattern itself.")
-        name, options = pattern.name, registry.options_of(pattern)
+    name, options = name_pattern(pattern, pattern_options)
     parse_partitioner(settings["partition"])
     if batch is not None and batch < 1:
         raise ConfigError(f"batch={batch} is not possible: give a whole number of 1 or more.")
@@ -53,6 +49,41 @@ def make_config(
     )
     compat.check(config)
     return config
+
+
+def name_pattern(pattern: Pattern | str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options, checked."""
+    if isinstance(pattern, str):
+        registry.build(pattern, options)
+        return pattern, dict(options)
+    if options:
+        raise ConfigError("pattern_options are for a pattern given by name: set them on the pattern itself.")
+    return pattern.name, registry.options_of(pattern)
+
+
+def with_pattern(config: Config, pattern: Pattern | str | None, options: Mapping[str, Any]) -> Config:
+    """Of a run to be resumed: another pattern, or other ``options`` of its own, of which those that are not given stay."""
+    if pattern is None and not options:
+        return config
+    if pattern in (None, config.pattern):
+        pattern, options = config.pattern, changed(config.pattern_options, options)
+    assert pattern is not None
+    name, options = name_pattern(pattern, options)
+    same_codec = name == config.pattern and options.get("compress") == config.pattern_options.get("compress")
+    return msgspec.structs.replace(
+        config, pattern=name, pattern_options=options, measured=config.measured if same_codec else None
+    )
+
+
+def changed(options: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """``outer.lr=0.5`` changes one option of ``outer``, ``outer=slowmo`` all of it."""
+    result = dict(options)
+    for name, value in by.items():
+        old = result.get(name)
+        if isinstance(value, Mapping) and "kind" not in value and old is not None:
+            value = changed(old if isinstance(old, Mapping) else {"kind": old}, value)
+        result[name] = value
+    return result
 
 
 def make_probe_config(

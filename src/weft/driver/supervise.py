@@ -104,7 +104,7 @@ class Driver:
                         self.totals.add(event)
                 self.totals.bytes_sent, self.totals.saving_s = 0, 0.0
                 self.totals.spent.clear()
-                self.tell("resumed", path=found["path"], step=found["step"])
+                self.tell("resumed", **{name: found[name] for name in ("path", "step", "pattern", "world")})
                 self.totals.go_back(found["step"])
             while True:
                 failures = self.attempt(found or {}, attempt)

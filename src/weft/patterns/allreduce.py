@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from weft.codecs.spec import AUTO, NONE, parse, usages
 from weft.cost import GIGABIT, LinkSpeed, bucket_bytes, cut_buckets
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Context, Facts, Group, Pattern, Role, tail_numel
+from weft.patterns.base import HELD_BACK, Context, Facts, Group, Kept, Pattern, Role, tail_numel
 from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
@@ -252,6 +252,12 @@ class AllReduce(Pattern):
 
     def writer_for(self, rank: int) -> int:
         return rank if self.compress != NONE else 0
+
+    def keeps(self, workers: int) -> list[Kept]:
+        if self.compress == NONE or workers == 1:
+            return []
+        of = "clipped gradients" if self.clips else "gradients"  # of the former the momentum stays with the optimizer
+        return [Kept(HELD_BACK, f"{self.compress} of {of}", parse(self.compress).dropped("gradients"))]
 
     def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
         parts = 1 if self.unshared(facts, workers, carrier) else workers

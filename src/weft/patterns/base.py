@@ -169,6 +169,20 @@ class Group:
     nbytes: int
 
 
+#: What kinds of state only some patterns have, and leave in their checkpoints.
+HELD_BACK, INNER, OUTER = "held back", "inner", "outer"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds beside what one process would have. A run whose ``kind`` has the same ``layout`` goes on with it;
+    ``otherwise`` says, for the plan, what becomes of it in any other; empty if that loses nothing."""
+
+    kind: str
+    layout: str
+    otherwise: str
+
+
 @dataclass(frozen=True)
 class Role:
     """``entry``: "module:function" of a generator function Context -> Iterator[SafePoint]. When a member dies, the run ends,
@@ -324,6 +338,10 @@ class Pattern(ABC):
         """Whose part of a checkpoint holds what this rank keeps for itself."""
         return 0
 
+    def keeps(self, workers: int) -> list[Kept]:
+        """What it saves that another pattern, or another number of workers, has no place for."""
+        return []
+
     @property
     def goes_by_rate(self) -> bool:
         """It needs to know when the learning rate drops (Facts.rate_drops_at)."""
@@ -354,3 +372,9 @@ class Pattern(ABC):
     def exchange(self, replica: Replica) -> Exchange:
         """When and what those replicas exchange."""
         raise NotImplementedError
+
+
+def left_behind(saved: Pattern, saved_workers: int, now: Pattern, workers: int) -> list[Kept]:
+    """What ``now`` cannot go on with, of what ``saved`` kept."""
+    places = {(kept.kind, kept.layout) for kept in now.keeps(workers)}
+    return [kept for kept in saved.keeps(saved_workers) if (kept.kind, kept.layout) not in places]

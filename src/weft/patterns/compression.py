@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from weft.codecs.base import Codec, Exchanging, Gather, Keys, Sum
 from weft.codecs.build import build, build_codec
-from weft.codecs.feedback import Momentum, Plain, RunningMomentum
+from weft.codecs.feedback import Momentum, MomentumCorrection, Plain, RunningMomentum, by_name
 from weft.codecs.spec import NONE, Spec, is_compressed, parse
 from weft.comm.link import Link
 from weft.config import FIRST_PART, part_of
@@ -45,18 +45,12 @@ def take_momentum(replica: Replica, compress: str) -> Momentum | None:
     found = replica.ctx.facts.momentum
     if found is None or not parse(compress).takes_momentum:
         return None
-    set_momentum(replica.optimizer, 0.0)
+    set_momentum(replica.optimizer.param_groups, 0.0)
     return Momentum(*found)
 
 
-def give_momentum_back(replica: Replica, compress: str) -> None:
-    """To an optimizer that comes from a checkpoint of several workers, and now works alone."""
-    if (found := replica.ctx.facts.momentum) is not None and parse(compress).takes_momentum:
-        set_momentum(replica.optimizer, found[0])
-
-
-def set_momentum(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
+def set_momentum(groups: Iterable[dict[str, Any]], factor: float) -> None:
+    for group in groups:
         if "betas" in group:
             group["betas"] = (factor, group["betas"][1])
         else:
@@ -75,6 +69,39 @@ def check_momentum(optimizer: torch.optim.Optimizer) -> None:
                 f"the momentum of {type(optimizer).__name__} is taken before the codec, and the task set it to {factor:g} again: both "
                 "would act. Leave it alone during the run (cycle_momentum=False in OneCycleLR and CyclicLR), or use compress=int8."
             )
+
+
+def taken_velocity(replica: Replica, momentum: Momentum) -> tuple[dict[str, Tensor], int]:
+    """What an optimizer had of it when it was taken, by parameter name, and after how many steps."""
+    result: dict[str, Tensor] = {}
+    steps = 0
+    for name, p in replica.params.items():
+        state = replica.optimizer.state.get(p, {})
+        velocity = state.get("exp_avg") if momentum.is_mean else state.pop("momentum_buffer", None)
+        if velocity is not None:
+            result[name] = velocity
+            steps = max(steps, int(state.get("step", 1)))
+    return result, steps
+
+
+def with_momentum(optimizer: Mapping[str, Any], saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]]) -> Any:
+    """The state of a task's optimizer, had its momentum not been taken: what a CompressedArena ``saved``, and each rank of its own,
+    put back. What the codec held back is not in it."""
+    if saved["momentum"] is None:
+        return optimizer
+    factor, is_mean = saved["momentum"]
+    velocity: dict[str, Tensor] = dict(saved["velocity"])
+    for kept in (each for part in own for each in part.values()):
+        for name, share in kept.get("velocity", {}).items():
+            velocity[name] = velocity[name] + share if name in velocity else share
+    key = "exp_avg" if is_mean else "momentum_buffer"
+    states = {name: dict(state) for name, state in optimizer["state"].items()}
+    for name, whole in velocity.items():
+        if not is_mean or name in states:  # Adam knows of others only that they never had a gradient
+            states.setdefault(name, {})[key] = whole
+    groups = [dict(group) for group in optimizer["param_groups"]]
+    set_momentum(groups, factor)
+    return {"state": states, "param_groups": groups}
 
 
 class CompressedArena(Arena):
@@ -109,6 +136,7 @@ class CompressedArena(Arena):
         #: what is not compressed; its momentum is taken after the exchange, where the optimizer would have
         self.whole = self.buffers[len(self.feedbacks) :]
         self.moments = [RunningMomentum(momentum, flat) for flat in self.whole] if momentum is not None else []
+        self.momentum = momentum
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         waiting = [*self.whole, *beside]
@@ -128,23 +156,46 @@ class CompressedArena(Arena):
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {f"{k}": feedback.state_dict() for k, feedback in enumerate(self.feedbacks)}
-        return state | {"moments": {f"{k}": moment.state_dict() for k, moment in enumerate(self.moments)}}
+        taken = [self.momentum.factor, self.momentum.is_mean] if self.momentum is not None else None
+        steps = self.moments[0].steps if self.moments else 0
+        return state | {"momentum": taken, "velocity": self._velocity(), "steps": steps}
+
+    def _velocity(self) -> dict[str, Tensor]:
+        """Of what is not compressed."""
+        if not self.moments:
+            return {}
+        flats = [*self.buffers[: len(self.feedbacks)], *(moment.velocity for moment in self.moments)]
+        return {name: view for name, view in self.by_name(flats).items() if name not in self.first}
+
+    def begin_with(self, velocity: Mapping[str, Tensor], steps: int) -> None:
+        """Go on with the momentum that the optimizer had; each rank takes an equal share of what is compressed."""
+        own = self._velocity()
+        for feedback in self.feedbacks:
+            if isinstance(feedback, MomentumCorrection):
+                feedback.momentum.steps = steps
+                own |= by_name(feedback.momentum.velocity, feedback.segments)
+        for moment in self.moments:
+            moment.steps = steps
+        for name, value in velocity.items():
+            own[name].copy_(value / self.link.world if name in self.first else value)
 
     def own_state(self) -> dict[str, Any]:
         return {f"{k}": feedback.own_state_dict() for k, feedback in enumerate(self.feedbacks)}
 
     def load(self, resume: Resume) -> None:
         """In another world every rank takes an equal share of what all had held back, so that nothing of it is lost."""
-        if (state := resume.parts[FIRST_PART]["exchange"].get(STATE)) is None:
-            return  # of a world of one: nothing was compressed, and nothing waits
+        if not (state := resume.parts[FIRST_PART]["exchange"].get(STATE)):
+            return  # nothing was compressed, or by another codec: nothing waits
         if resume.world == self.link.world:
             own = resume.parts[part_of(self.link.rank)][STATE]
         else:
             own = shared_out([part[STATE] for part in resume.parts.values()], self.link.world)
         for k, feedback in enumerate(self.feedbacks):
             feedback.load_state_dict(state[f"{k}"], own[f"{k}"])
-        for k, moment in enumerate(self.moments):
-            moment.load_state_dict(state["moments"][f"{k}"])
+        for name, view in self._velocity().items():
+            view.copy_(state["velocity"][name])
+        for moment in self.moments:
+            moment.steps = int(state["steps"])
 
 
 def carry_out(exchanging: Exchanging, link: Link, beside: list[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from weft.codecs.spec import AUTO, NONE, parse, usages
 from weft.comm.link import WORLD
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.allreduce import AllReduce
-from weft.patterns.base import Context, Facts, Group, Pattern, Role, own_rows_numel
+from weft.patterns.base import HELD_BACK, INNER, OUTER, Context, Facts, Group, Kept, Pattern, Role, own_rows_numel
 from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 
@@ -186,6 +186,18 @@ class LocalSGD(Pattern):
 
     def writer_for(self, rank: int) -> int:
         return rank if self.compress != NONE else rank - rank % self.island
+
+    def keeps(self, workers: int) -> list[Kept]:
+        apart, kept = workers // self.island, []
+        if apart > 1:
+            who = "workers" if self.island == 1 else "islands"
+            joined = f"the optimizers of the {apart} {who} are joined: all begin with the mean of their states"
+            kept.append(Kept(INNER, f"{apart} of {self.island}", joined))
+        if self.outer.momentum:
+            kept.append(Kept(OUTER, "by name", "the momentum of the outer optimizer is dropped"))
+        if self.compress != NONE and workers > 1:
+            kept.append(Kept(HELD_BACK, f"{self.compress} of meetings", parse(self.compress).dropped("meetings")))
+        return kept
 
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         result: list[LinkPlan] = []

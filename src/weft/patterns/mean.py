@@ -15,9 +15,10 @@ from torch import Tensor
 
 from weft.codecs.spec import NONE, parse
 from weft.comm.link import Link
+from weft.config import FIRST_PART
 from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
-from weft.patterns.compression import STATE, check_momentum, give_momentum_back, make_arena, take_momentum
+from weft.patterns.compression import STATE, CompressedArena, check_momentum, make_arena, take_momentum, taken_velocity
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Dense, Entry, Rows, Update
 
@@ -217,10 +218,12 @@ class JoinedMean(Exchange):
         return {STATE: self.arena.own_state()} if self.arena is not None else {}
 
     def load(self, resume: Resume) -> None:
-        if self.arena is not None:
-            self.arena.load(resume)
-        elif self.compress != NONE:
-            give_momentum_back(self.replica, self.compress)
+        if self.arena is None:
+            return
+        self.arena.load(resume)
+        compressed = STATE in resume.parts[FIRST_PART]["exchange"]
+        if isinstance(self.arena, CompressedArena) and self.arena.momentum is not None and not compressed:
+            self.arena.begin_with(*taken_velocity(self.replica, self.arena.momentum))
 
     def _gather(self, rows: Rows, correction: float) -> Rows:
         indices: Tensor = torch.cat(self.link.all_gather(rows.indices))

@@ -43,15 +43,25 @@ def _mean(values: Sequence[Any]) -> Any:
 def load_optimizer_state_by_name(
     optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], state: Mapping[str, Any]
 ) -> None:
+    """Parameters may stand in another order than they were saved in, but not in other groups."""
     names = {id(p): n for n, p in params.items()}
-    position = {names[id(p)]: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    saved = [n for g in state["param_groups"] for n in g["params"]]
-    if set(saved) != set(position):
+    own = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    saved = [list(group["params"]) for group in state["param_groups"]]
+    if differ := sorted({n for members in saved for n in members} ^ {n for members in own for n in members}):
         raise CheckpointError(
-            f"the checkpoint's optimizer holds parameters {sorted(set(saved) ^ set(position))[:5]} that the task's does not, or "
-            "the reverse: resume with the task it was made by."
+            f"the checkpoint's optimizer holds parameters {differ[:5]} that the task's does not, or the reverse: resume with the "
+            "task it was made by."
         )
-    groups = [dict(g) | {"params": [position[n] for n in g["params"]]} for g in state["param_groups"]]
+    if [set(members) for members in saved] != [set(members) for members in own]:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has its parameters in {len(saved)} group(s), the task's in {len(own)}, and not in the same: "
+            "resume with the task it was made by."
+        )
+    position = {n: k for k, n in enumerate(n for members in own for n in members)}
+    groups = [  # torch goes by the order
+        dict(group) | {"params": [position[n] for n in members]}
+        for group, members in zip(state["param_groups"], own, strict=True)
+    ]
     optimizer.load_state_dict({"state": {position[n]: s for n, s in state["state"].items()}, "param_groups": groups})
 
 

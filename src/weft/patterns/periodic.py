@@ -14,7 +14,7 @@ from weft.errors import TaskError
 from weft.patterns.base import own_rows_numel
 from weft.patterns.compression import STATE, make_arena
 from weft.patterns.mean import JoinedMean, Running
-from weft.patterns.optimizer_state import load_optimizer_state_by_name, mean_state, optimizer_state_by_name
+from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
 from weft.update import Update
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weft.patterns.local_sgd import Outer
 
 WEIGHT, STOP = range(2)
+MOMENTUM = "outer momentum"
 
 
 class PeriodicMean(Exchange):
@@ -42,12 +43,11 @@ class PeriodicMean(Exchange):
         size: int,
         compress: str = NONE,
     ) -> None:
-        ctx = replica.ctx
+        ctx, self.outer = replica.ctx, outer
         self.replica, self.link, self.every, self.start = replica, replica.link, every, start
         first = ctx.rank - ctx.rank % size
         self.inner = JoinedMean(replica, island or SoloLink(), range(first, first + size))
         self.size = size
-        self.compress = compress
         self.writers = range(0, ctx.world, size if compress == NONE else 1)
         self.apart = replica.step >= start
         self.together = None if self.apart else JoinedMean(replica, self.link)
@@ -132,22 +132,28 @@ class PeriodicMean(Exchange):
     # -- state
 
     def state(self) -> dict[str, Any]:
-        return {"outer": self.optimizer.state_dict()["state"], STATE: self.delta.state()}
+        flats = [self.optimizer.state[flat].get("momentum_buffer") for flat in self.optimizer.param_groups[0]["params"]]
+        met = all(flat is not None for flat in flats)
+        kept = self.delta.state()
+        return {MOMENTUM: self.anchor.by_name(flats) if met else {}} | ({STATE: kept} if kept else {})
 
     def own_state(self) -> dict[str, Any]:
         own = {"optimizer": optimizer_state_by_name(self.replica.optimizer, self.replica.params)}
         return own | {STATE: self.delta.own_state()}
 
     def load(self, resume: Resume) -> None:
-        """Under another number of workers each begins with the mean of the inner optimizers' states."""
-        state = resume.parts[FIRST_PART]["exchange"]
-        kept = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state["outer"], "param_groups": kept["param_groups"]})
-        if resume.world == self.link.world:
-            writer = self.inner.ranks[0] if self.compress == NONE else self.link.rank
-            own = resume.parts[part_of(writer)]["optimizer"]
-        else:
-            own = mean_state([part["optimizer"] for part in resume.parts.values()])
-        load_optimizer_state_by_name(self.replica.optimizer, self.replica.params, own)
+        """The inner optimizer is this island's own, if it was before; else the replica has loaded that of all."""
+        if (momentum := resume.parts[FIRST_PART]["exchange"].get(MOMENTUM)) and self.outer.momentum:
+            flats = [torch.zeros_like(flat) for flat in self.anchor.buffers]
+            for name, view in self.anchor.by_name(flats).items():
+                view.copy_(momentum[name])
+            for param, flat in zip(self.optimizer.param_groups[0]["params"], flats, strict=True):
+                self.optimizer.state[param]["momentum_buffer"] = flat
+        writers = (part_of(rank) for rank in (self.link.rank, self.inner.ranks[0]))
+        states = (
+            resume.parts[writer]["optimizer"] for writer in writers if "optimizer" in resume.parts.get(writer, {})
+        )
+        if (own := next(states, None)) is not None:
+            load_optimizer_state_by_name(self.replica.optimizer, self.replica.params, own)
         self.delta.load(resume)
         self._set_out()

@@ -16,6 +16,7 @@ from weft.patterns.batches import check_loss
 from weft.patterns.pipelined import Chosen, channel_name
 from weft.patterns.randomness import seed_torch
 from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, whole_backward
+from weft.patterns.training import first_names
 from weft.pipelines.channels import channel_order
 from weft.pipelines.schedules import Action, Input
 from weft.task import Task
@@ -39,13 +40,6 @@ def move_away(model: nn.Module, uses: Mapping[str, Sequence[int]], chosen: Chose
                 if known not in away:
                     away[known] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
                 module._parameters[name] = away[known]
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """By each name of a parameter or buffer, the first of its names."""
-    first: dict[int, str] = {}
-    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {n: first.setdefault(id(t), n) for n, t in everything}
 
 
 class PipelineWork:

@@ -192,7 +192,7 @@ def who_sets_momentum(task: Task, params: list[nn.Parameter], other: float, tota
     """The task's schedule, if in these steps it touches the momentum: if ``other``, put in its place, does not stay."""
     for step, optimizer, schedule in scheduled(task, params, total_steps):
         if step == 0:
-            set_momentum(optimizer, other)
+            set_momentum(optimizer.param_groups, other)
         elif any(momentum_of(group) != other for group in optimizer.param_groups):
             return type(schedule).__name__
     return None

@@ -38,7 +38,7 @@ from weft.patterns.optimizer_state import (
     scalar,
 )
 from weft.patterns.pipelined import CHANNEL, Chosen
-from weft.patterns.pipelining import PipelineWork, first_names, move_away
+from weft.patterns.pipelining import PipelineWork, move_away
 from weft.patterns.split import SplitPattern
 from weft.patterns.training import Arena, Replica
 from weft.update import ClipNorm, Dense, Update, norm
@@ -231,7 +231,7 @@ class SplitReplica(Replica):
     # -- state, whole as one process would have it, so that every other pattern can read it
 
     def _model_state(self) -> dict[str, Any]:
-        first = first_names(self.model)
+        first = self.first_names
         return self._gathered({n: (t, self.holders(first[n])[0]) for n, t in self.model.state_dict().items()})
 
     def _gathered(self, tensors: Mapping[str, tuple[Tensor, int]]) -> dict[str, Any]:
@@ -277,20 +277,10 @@ class SplitReplica(Replica):
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         own = self.model.state_dict()
-        self._same_names(own, state)
         with torch.no_grad():
             for name, value in own.items():
                 if not value.is_meta:
                     local(value).copy_(local(part_of(state[name], value)))
-
-    @staticmethod
-    def _same_names(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        wrong = [
-            name for name in own.keys() | state.keys()
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        ]  # fmt: skip
-        if wrong:
-            raise RuntimeError(f"{', '.join(sorted(wrong)[:5])} differ in name or shape")
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         parts = {

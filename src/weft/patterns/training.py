@@ -31,6 +31,7 @@ from weft.patterns.feeds import make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
+from weft.resilience.checkpoint import unlike
 from weft.update import Dense, Entry, Rows, Transform, Update, apply_all
 
 AS_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -51,6 +52,7 @@ class Arena:
     def __init__(self, params: Mapping[str, nn.Parameter], link: Link, first: Collection[str] = ()) -> None:
         self.buffers: list[Tensor] = []
         self.views: dict[str, Tensor] = {}
+        self.places: dict[str, tuple[int, int]] = {}  # which buffer, and where in it
         self.first = frozenset(first)
         kinds = {n: (n not in self.first, str(p.dtype)) for n, p in params.items()}
         for kind in sorted(set(kinds.values())):
@@ -62,9 +64,18 @@ class Arena:
             offset = 0
             for name, p in members.items():
                 self.views[name] = flat[offset : offset + p.numel()].view(p.shape)
+                self.places[name] = len(self.buffers) - 1, offset
                 offset += p.numel()
         self.views = {name: self.views[name] for name in params}  # in their order
         self.sums = self.buffers  # what is in use after an exchange
+
+    def by_name(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Views of tensors that are laid out as ``buffers`` are."""
+        result = {}
+        for name, view in self.views.items():
+            k, start = self.places[name]
+            result[name] = flats[k][start : start + view.numel()].view(view.shape)
+        return result
 
     def all_reduce(self, link: Link, beside: Sequence[Tensor], number: int) -> None:
         """The sum over ranks, of ``beside`` too, in one exchange: the run's ``number``-th."""
@@ -157,7 +168,9 @@ class Replica:
         return list(self.params)
 
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
-        return self.task.model().to(self.ctx.device, dtype)
+        model = self.task.model().to(self.ctx.device, dtype)
+        self.first_names = first_names(model)  # of the whole
+        return model
 
     def _equalise(self) -> None:
         """Same seed, same model: unless the task's own code differs between processes."""
@@ -321,10 +334,10 @@ class Replica:
         own = host_state().to(self.ctx.device)
         return {
             "host_random": [state.cpu() for state in self.link.all_gather(own)],  # by rank
-            "model": self._model_state(),
+            "model": stored_once(self._model_state(), self.first_names),
             "optimizer": self.optimizer_state(),
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
-            "chain": [t.state_dict() for t in self.chain],
+            "chain": [[type(t).__name__, kept] for t in self.chain if (kept := t.state_dict())],
             "stream": self.feed.stream_state(),
         }
 
@@ -342,17 +355,16 @@ class Replica:
         return meta if self.balancer is None else meta | {"balance": self.balancer.state_dict()}
 
     def load(self, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        try:
-            self._load_model(state["model"])
-        except RuntimeError as error:
+        """What any pattern saved. Raises CheckpointError, with what differs, if it is of another model."""
+        if differs := unlike(state["model"], self.model.state_dict(), "the checkpoint", "the task's model"):
             raise CheckpointError(
-                f"the checkpoint is of another model: {error}. Resume with the task it was made by."
-            ) from error
+                f"the checkpoint is of another model: {differs}. Resume with the task, and its options, that it was made by."
+            )
+        self._load_model(state["model"])
         self._load_optimizer(state["optimizer"])
         if self.schedule is not None and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
-        for transform, kept in zip(self.chain, state["chain"], strict=True):
-            transform.load_state_dict(kept)
+        load_chain(self.chain, state["chain"])
         self.feed.load_state_dict(meta["sampler"])
         self.feed.load_stream_state(state.get("stream"))
         if self.balancer is not None and "balance" in meta:
@@ -467,6 +479,33 @@ def train(ctx: Context) -> Iterator[SafePoint]:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """By each name of a parameter or buffer, the first of its names."""
+    first: dict[int, str] = {}
+    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {n: first.setdefault(id(t), n) for n, t in everything}
+
+
+def stored_once(state: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Any]:
+    """With one tensor under all names of a parameter, also where each name was gathered by itself."""
+    return {name: state[first.get(name, name)] for name in state}
+
+
+def load_chain(chain: Sequence[Transform], saved: Iterable[Sequence[Any]]) -> None:
+    """``saved``: (kind, state) of each transform that had one. One that is new begins anew, but none may go unnoticed."""
+    left = [each for each in saved if each]
+    for transform in chain:
+        own = next((each for each in left if each[0] == type(transform).__name__), None)
+        if own is not None:
+            left.remove(own)
+            transform.load_state_dict(own[1])
+    if left:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {', '.join(kind for kind, _ in left)}, and the pattern as it is set now has no place "
+            "for it: resume with the options that it was made by."
+        )
 
 
 def own_share(n: int, rank: int, world: int, neighbours: bool) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -183,7 +183,8 @@ def describe(event: Event) -> str | None:
         case "equivalence":
             return f"{values['text']}: {values['detail']}"
         case "resumed":
-            return f"from {values['path']}"
+            by = f", saved by {values['pattern']} with {values['world']} workers" if "pattern" in values else ""
+            return f"from {values['path']}{by}"
         case "restarted":
             return f"attempt {values['attempt']}, from step {values['from_step']}: {values.get('reason', '')}".rstrip(
                 ": "

@@ -58,7 +58,7 @@ def test_a_first_run_of_zeros_differs_infinitely_relative_to_its_norm() -> None:
 
 def test_different_names_and_shapes_are_refused_by_name() -> None:
     a = {"w": torch.zeros(2, 3)}
-    with pytest.raises(ConfigError, match=r"bias \(only in the second run\)"):
+    with pytest.raises(ConfigError, match=r"bias \(only in the second\)"):
         largest_difference(a, {**a, "bias": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"w has shape \(2, 3\) in the first run and \(3, 2\) in the second"):
         largest_difference(a, {"w": torch.zeros(3, 2)})

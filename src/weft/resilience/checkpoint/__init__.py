@@ -8,8 +8,8 @@ checkpoint whole. torch.load and safetensors return a flipped byte as a number; 
 pass of crc32 (about 4 GB/s) on top of writing; no contiguous CPU tensor is copied, and nothing is ever unpickled.
 """
 
-from weft.resilience.checkpoint.difference import Difference, largest_difference
-from weft.resilience.checkpoint.disk import check_writable
+from weft.resilience.checkpoint.difference import Difference, largest_difference, unlike
+from weft.resilience.checkpoint.disk import check_writable, writing
 from weft.resilience.checkpoint.parts import Part
 from weft.resilience.checkpoint.state import Json, State
 from weft.resilience.checkpoint.store import (
@@ -23,6 +23,7 @@ from weft.resilience.checkpoint.store import (
     newest_good,
     read_manifest,
     save,
+    step_of,
     verify,
     write_part,
 )
@@ -44,6 +45,9 @@ __all__ = [
     "newest_good",
     "read_manifest",
     "save",
+    "step_of",
+    "unlike",
     "verify",
     "write_part",
+    "writing",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Diff
     Entries that are equal, or both NaN, differ by 0; where only one is NaN or infinite the difference is infinite.
     Raises ConfigError if names or shapes differ; dtypes may.
     """
-    _check_alike(a, b)
+    if differs := unlike(a, b, "the first run", "the second"):
+        raise ConfigError(
+            f"the runs have different parameters: {differs}: compare two runs of the same task and options"
+        )
     largest, largest_name, squares = 0.0, "", 0.0
     for name, tensor in a.items():
         x, y = _wide(tensor), _wide(b[name])
@@ -47,13 +51,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _check_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    cure = "compare two runs of the same task and options"
-    if lone := sorted(a.keys() ^ b.keys()):
-        named = ", ".join(f"{name} (only in the {'first' if name in a else 'second'} run)" for name in lone[:3])
-        more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
-        raise ConfigError(f"the runs have different parameters: {named}{more}: {cure}")
-    for name in a:
-        first, second = tuple(a[name].shape), tuple(b[name].shape)
-        if first != second:
-            raise ConfigError(f"{name} has shape {first} in the first run and {second} in the second: {cure}")
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any], first: str, second: str, most: int = 5) -> str:
+    """By which names and shapes ``a`` (called ``first``) and ``b`` differ, ``most`` of them; empty if by none."""
+    found = [f"{name} (only in {first if name in a else second})" for name in sorted(a.keys() ^ b.keys())]
+    for name in (name for name in a if name in b):
+        shape, other = (tuple(getattr(each[name], "shape", ())) for each in (a, b))
+        if shape != other:
+            found.append(f"{name} has shape {shape} in {first} and {other} in {second}")
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

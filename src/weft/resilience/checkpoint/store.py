@@ -184,12 +184,12 @@ def verify(path: Path) -> list[str]:
         return [error.message]
 
 
-def newest_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies (None if there is none), and why each newer one was skipped."""
+def newest_good(root: Path, only: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies (None if there is none), and why each newer one was skipped. ``only``: see ``load``."""
     skipped: list[str] = []
     for path in reversed(list_checkpoints(root)):
         try:
-            return load(path), skipped
+            return load(path, only), skipped
         except CheckpointError as error:
             skipped.append(error.message)
     return None, skipped
@@ -198,6 +198,11 @@ def newest_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints under ``root``, good or not, oldest first."""
     return [path for _, _, path in sorted(_named(root))]
+
+
+def step_of(path: Path) -> int:
+    """By its name alone."""
+    return _number(path)[0]
 
 
 def read_manifest(path: Path) -> Manifest:
