@@ -53,6 +53,9 @@ CHANGES: dict[str, Any] = {
 #: Fields that are an argument by another name.
 NOT_SETTINGS = {"task", "pattern", "pattern_options", "measured"}
 
+SPLIT = {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"}
+PIPELINED = {"schedule": "gpipe", "microbatches": 3, "stages_per_worker": 1}
+
 PATTERN_CHANGES = {
     "allreduce": {
         "accumulate": 2,
@@ -70,10 +73,20 @@ PATTERN_CHANGES = {
         "compress": "int8",
         "within": {"clip_norm": "0.01"},
     },
-    "sharded": {"replicas": 2, "reshard": "false", "accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"},
+    "sharded": {"replicas": 2, "reshard": "false", **SPLIT},
+    "tensor": {"degree": 3, **SPLIT},
+    "pipeline": {"stages": 3, **PIPELINED, **SPLIT, "accumulate": 2},
+    "mesh": {"data": 2, "sharded": 4, "tensor": 2, "pipeline": 2, "reshard": "false", **PIPELINED, **SPLIT},
 }
 #: What a pattern needs so that it can run for BASE's few steps.
-PATTERN_BASE: dict[str, dict[str, Any]] = {"allreduce": {}, "localsgd": {"every": 4}, "sharded": {}}
+PATTERN_BASE: dict[str, dict[str, Any]] = {
+    "allreduce": {},
+    "localsgd": {"every": 4},
+    "sharded": {},
+    "tensor": {},
+    "pipeline": {"schedule": "1f1b"},
+    "mesh": {"sharded": 2},
+}
 
 
 class Plans:
@@ -126,7 +139,13 @@ def test_setting_is_seen(tmp_path: Path, base: Any, name: str) -> None:
     assert outcome(tmp_path / "run", **{name: CHANGES[name]}) != base
 
 
-@pytest.mark.parametrize(("pattern", "option"), [(p, o) for p, options in PATTERN_CHANGES.items() for o in options])
+def every_option() -> list[Any]:
+    """Those of splits take a process for each worker, and so some seconds."""
+    pairs = [(p, o) for p, options in PATTERN_CHANGES.items() for o in options]
+    return [pytest.param(p, o, marks=[pytest.mark.slow] if PATTERNS[p].splits else []) for p, o in pairs]
+
+
+@pytest.mark.parametrize(("pattern", "option"), every_option())
 def test_pattern_option_is_seen(tmp_path: Path, pattern: str, option: str) -> None:
     options, place = PATTERN_BASE[pattern], {"cluster": "local"} if PATTERNS[pattern].splits else {}
     as_it_was = outcome(tmp_path / "base", pattern=pattern, pattern_options=options, **place)

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from weft.patterns.base import Context
 
 
+NOTHING = ""  # the name of what an optimizer is given where it has no parameters
+
+
 class SplitReplica(Replica):
     """``params`` and all that belongs to them are DTensors where they are cut: torch's optimizers take them as they are."""
 
@@ -71,7 +74,7 @@ class SplitReplica(Replica):
         #: What the optimizer steps: this worker's parts as plain tensors, which every kernel of torch's takes, and without DTensor's
         #: cost for each call; of an optimizer that looks at a parameter as a whole, the DTensors.
         self.parts: dict[str, nn.Parameter] = {}
-        if self.link.world > 1 and type(self.optimizer) in ELEMENTWISE:
+        if self.link.world > 1 and self.params and type(self.optimizer) in ELEMENTWISE:
             self._step_parts()
 
     def _step_parts(self) -> None:
@@ -86,6 +89,11 @@ class SplitReplica(Replica):
                 key: local(value) if is_large(key, value) else value for key, value in state.items()
             }
         self.stepped = self.parts
+
+    def _to_optimize(self) -> list[nn.Parameter]:
+        #: For the optimizer of a stage that has no parameters.
+        self.stand_in = {} if self.params else {NOTHING: nn.Parameter(torch.zeros(0))}
+        return [*super()._to_optimize(), *self.stand_in.values()]
 
     def link_on(self, axis: str) -> Link:
         """Of those that differ from this worker in their place on ``axis`` alone."""
@@ -246,7 +254,7 @@ class SplitReplica(Replica):
         return result
 
     def _optimizer_state(self) -> dict[str, Any]:
-        own = optimizer_state_by_name(self.optimizer, self.stepped)
+        own = optimizer_state_by_name(self.optimizer, {**self.stepped, **self.stand_in})
         params = {p.name: p for p in self.ctx.facts.params}
         row = self.link_on(PIPELINE)
         told = tell_all(row, [{n: described(state) for n, state in own["state"].items()}, own["param_groups"]])
@@ -292,7 +300,10 @@ class SplitReplica(Replica):
             dict(group) | {"params": [n for n in group["params"] if n in self.params or n not in self.names]}
             for group in state["param_groups"]
         ]
-        load_optimizer_state_by_name(self.optimizer, self.params, {"state": parts, "param_groups": groups})
+        groups[0]["params"] += list(self.stand_in)
+        load_optimizer_state_by_name(
+            self.optimizer, {**self.params, **self.stand_in}, {"state": parts, "param_groups": groups}
+        )
 
 
 class SplitMean(JoinedMean):

@@ -124,7 +124,7 @@ class Replica:
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
         running = {b.name for b in ctx.facts.buffers if b.running}
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
-        self.optimizer = task.optimizer(list(self.params.values()))
+        self.optimizer = task.optimizer(self._to_optimize())
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
         self.stepped: Mapping[str, nn.Parameter] = (
             self.params
@@ -161,6 +161,9 @@ class Replica:
                 set_host_state(state["host_random"][ctx.rank])
         else:
             self._equalise()
+
+    def _to_optimize(self) -> list[nn.Parameter]:
+        return list(self.params.values())
 
     @property
     def names(self) -> Sequence[str]:
