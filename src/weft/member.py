@@ -115,7 +115,9 @@ def work(seat: Seat) -> None:
             links = {n: TracedLink(link, spans) for n, link in links.items()}
         if config.faults:
             faults = [Fault.from_dict(f) for f in config.faults]
-            links = {n: FaultyLink(link, faults, step=lambda: reporter.step + 1) for n, link in links.items()}
+            links = {
+                n: FaultyLink(link, faults, step=lambda: reporter.step + 1, rank=rank) for n, link in links.items()
+            }
             strike_task(task, [f for f in faults if f.rank == rank], step=lambda: reporter.step + 1)
         at_end.callback(reporter.close)  # what was done before an error is known, to the step
         world = links.pop(WORLD)

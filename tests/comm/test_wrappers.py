@@ -172,3 +172,9 @@ def test_a_delay_adds_to_the_waiting_of_all() -> None:
         assert wait_s > 0.1  # also of the rank whose messages leave late
         assert busy_s > 0
         assert wait_s + busy_s <= elapsed_s
+
+
+def test_in_a_smaller_group_a_fault_is_of_the_rank_in_the_world() -> None:
+    with pytest.raises(RuntimeError, match="raised as"):
+        FaultyLink(SoloLink(), [raise_error(rank=3, step=1)], lambda: 1, rank=3).barrier()
+    FaultyLink(SoloLink(), [raise_error(rank=0, step=1)], lambda: 1, rank=3).barrier()

@@ -15,10 +15,13 @@ from torch import nn
 
 import weft
 from weft.compare import final_parameters
+from weft.errors import MemberFailed
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
+from weft.patterns.pipeline import Pipeline
 from weft.patterns.tensor import Tensor
 from weft.tasks.codelm import CodeLM
+from weft.testing import kill
 
 STEPS = 5
 EQUAL = 1e-9
@@ -44,12 +47,21 @@ class WideNet(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)
-        self.gate, self.up, self.down = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(12, 1)
+        self.gated = Gated(dropout)
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.dropout(self.norm(torch.tanh(self.first(x))), self.dropout, self.training)
-        x = torch.tanh(self.second(x))
+        return self.gated(torch.tanh(self.second(x)))
+
+
+class Gated(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(12, 1)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(F.dropout(torch.sigmoid(self.gate(x)) * self.up(x), self.dropout, self.training))
 
 
@@ -106,3 +118,35 @@ def test_accumulation_changes_nothing(tmp_path: Path, layout: str) -> None:
     pieces = dataclasses.replace(pattern, accumulate=3)
     truth = train_plainly(Wide("adamw"), steps=STEPS, batch=24, run_seed=3)
     assert distance(train(tmp_path / "run", Wide("adamw"), pieces, workers), truth) <= EQUAL
+
+
+# -- when something breaks
+
+SPLIT = LAYOUTS | {
+    "pipeline": (Pipeline(), 2),
+    "data x pipeline": (Mesh(data=2, pipeline=2), 4),
+    "tensor x pipeline": (Mesh(tensor=2, pipeline=2), 4),
+}
+
+
+@pytest.mark.parametrize("layout", rest_slow(list(SPLIT)[::-1], keep=1))
+def test_a_killed_worker_is_named_and_resume_is_bit_equal(tmp_path: Path, layout: str) -> None:
+    pattern, workers = SPLIT[layout]
+    job: dict[str, Any] = {"save_every": 4, "steps": 10}
+    undisturbed = train(tmp_path / "undisturbed", Dropped("adamw"), pattern, workers, **job)
+    with pytest.raises(MemberFailed, match=r"worker 1 failed, last heard of after step \d+: killed by SIGKILL"):
+        train(tmp_path / "run", Dropped("adamw"), pattern, workers, **job, faults=[kill(rank=1, step=7)])
+    assert weft.resume(tmp_path / "run", task=Dropped("adamw")).steps == 10
+    got = final_parameters(tmp_path / "run")
+    assert all(torch.equal(got[n], undisturbed[n]) for n in undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SPLIT)
+def test_after_a_kill_fewer_workers_can_go_on(tmp_path: Path, layout: str) -> None:
+    pattern, workers = SPLIT[layout]
+    with pytest.raises(MemberFailed):
+        train(tmp_path / "run", Wide(), pattern, workers, save_every=4, steps=10, faults=[kill(rank=1, step=7)])
+    assert weft.resume(tmp_path / "run", task=Wide(), pattern=weft.AllReduce(), workers=1).steps == 10
+    truth = train_plainly(Wide(), steps=10, batch=24, run_seed=3)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL

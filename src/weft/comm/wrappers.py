@@ -108,17 +108,18 @@ def slow_loading(rank: int, seconds: float, step: int | None = None) -> Fault:
 
 
 class FaultyLink(Link):
-    """``link``, but for the faults of its rank. ``step`` tells where the rank stands. Each fault with a step strikes
-    once."""
+    """``link``, but for the faults of its ``rank`` (in the world, where that is not its rank in this group). ``step`` tells where
+    the rank stands. Each fault with a step strikes once."""
 
-    def __init__(self, link: Link, faults: Sequence[Fault], step: Callable[[], int]) -> None:
+    def __init__(self, link: Link, faults: Sequence[Fault], step: Callable[[], int], rank: int | None = None) -> None:
+        who = link.rank if rank is None else rank
         self.rank, self.world, self.deadline_s = link.rank, link.world, link.deadline_s
         self.traffic, self.carrier = link.traffic, link.carrier
         self._link = link
         self._step = step
-        self._faults = [fault for fault in faults if fault.rank == link.rank and fault.kind in STRIKES_LINK]
+        self._faults = [fault for fault in faults if fault.rank == who and fault.kind in STRIKES_LINK]
         for fault in faults:
-            if fault.rank == link.rank and fault.kind == "throttle":
+            if fault.rank == who and fault.kind == "throttle":
                 link.pace(fault.bytes_per_s)
 
     def _strike(self, tensors: Sequence[torch.Tensor]) -> bool:
