@@ -62,10 +62,13 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"deadline={config.deadline_s} is not possible: give seconds, {MIN_DEADLINE_S:g} or more (--deadline)."
         )
-    if 0 < config.batch < config.workers:
+    shares = registry.build(config.pattern, config.pattern_options).shares(config.workers)
+    if 0 < config.batch < shares:
         raise ConfigError(
-            f"batch {config.batch} is smaller than the world of {config.workers}: the joined batch is shared by all workers, "
-            f"so give --batch {config.workers} or more, or fewer workers."
+            f"batch {config.batch} is smaller than the world of {shares}: the joined batch is shared by all workers, "
+            f"so give --batch {shares} or more, or fewer workers."
+            if shares == config.workers
+            else f"batch {config.batch} is smaller than the {shares} shares into which {config.pattern} cuts it: give --batch {shares} or more."
         )
     if config.port:
         if not 1 <= config.port <= 65536 - config.workers:

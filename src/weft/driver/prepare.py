@@ -144,8 +144,10 @@ def make_plan(
     more_notes: Sequence[str] = (),
 ) -> Plan:
     carrier = specs[0].carrier
+    num = pattern.shares(config.workers)
     shares = [
-        config.batch * (r + 1) // config.workers - config.batch * r // config.workers for r in range(config.workers)
+        config.batch * (share + 1) // num - config.batch * share // num
+        for share in (pattern.share_of(rank, config.workers) for rank in range(config.workers))
     ]
     if facts.owned:
         shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
