@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.comm.link import WORLD
-from weft.cost import all_gather_bytes
+from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Context, Facts, Group, Pattern, Role, tail_numel
 from weft.plan import LinkPlan
@@ -149,7 +149,8 @@ class Sharded(Pattern):
                 LinkPlan(
                     members=f"{size} workers that hold a model together",
                     carrier=carrier,
-                    bytes_per_step=all_gather_bytes(carrier, gathered // size, size) + bytes_for(trained, size),
+                    bytes_per_step=all_gather_bytes(carrier, gathered // size, size)
+                    + reduce_scatter_bytes(carrier, trained, size, bytes_for),
                     what=f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.reshard else 'once'}; gradients",
                     group=SHARD if across > 1 else WORLD,
                 )

@@ -8,14 +8,16 @@ Zhao et al. 2023, 2304.11277).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from weft.comm.torch_backend import process_groups
@@ -81,16 +83,23 @@ class ShardedReplica(Replica):
         for block in find_blocks(self.task, model).values():
             fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.reshard)
         fully_shard(model, mesh=mesh)
+        room = Room()
         for module in model.modules():
             if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(GatherIn(room))
+                module.set_custom_reduce_scatter(ScatterFrom(room))
                 # each worker's gradient is its share of the joined mean's: they are added up, not averaged
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+                # a call is done when it returns: to gather the next block early would hide nothing, and hold one more. Itself it has already
+                module.set_modules_to_backward_prefetch([module])
         return model
 
     def gradients(self) -> Update:
         """What was exchanged meanwhile is no computing."""
         before = self._seconds_in_links()
+        for part in self.parts.values():
+            part.grad = None
         update = super().gradients()
         self.report.compute_s -= self._seconds_in_links() - before
         return update
@@ -186,6 +195,50 @@ class SplitMean(JoinedMean):
 
     def close(self) -> None:
         self.replica.at_end.close()
+
+
+# -- what travels
+
+
+class Room:
+    """Memory in which a block's parameters come together and its gradients stand ready, taken once: a fresh one for each would cost the
+    kernel more than the moving. Calls are done when they return, and what came is copied out at once: one room does for all."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: Sequence[int | torch.SymInt], dtype: torch.dtype) -> Tensor:
+        nbytes = int(math.prod(size)) * dtype.itemsize
+        if self._kept.numel() < nbytes:
+            self._kept = torch.empty(0, dtype=torch.uint8)  # two at a time would be one too many
+            self._kept = torch.empty(nbytes, dtype=torch.uint8)
+        return self._kept[:nbytes].view(dtype).view(*size)
+
+
+class GatherIn(AllGather):
+    def __init__(self, room: Room) -> None:
+        self.room = room
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.room.take(size, dtype)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class ScatterFrom(ReduceScatter):
+    """fully_shard asks by turns for where a block's gradients stand ready and for where this worker's part of the sum goes, which
+    stays: the gradient."""
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.stays = room, False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        stays, self.stays = self.stays, not self.stays
+        return torch.empty(*size, dtype=dtype, device=device) if stays else self.room.take(size, dtype)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 # -- DTensors

@@ -172,6 +172,7 @@ class Replica:
         else:
             self.joined = draw.total * (self.averaged_over / self.ctx.world)
         seed_torch(self.step_seed + self.step)
+        self.attached = Update()  # else the last step's gradients live beside this one's
         for p in self.params.values():
             p.grad = None
         data_s, loss_sum, weight = 0.0, 0.0, 0.0
