@@ -81,6 +81,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     optimizer: str = ""  # the class of the task's
     between_hosts: bool = False  # the workers stand on several
+    memory_left: int = 0  # bytes of this machine or container, before any worker starts; 0: nobody looked
     step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.momentum_before)
@@ -171,6 +172,7 @@ class StepReport:
     sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
     messages: int = 0
     balance: Decision | None = None  # the shares change
+    memory: tuple[int, int] | None = None  # bytes taken at the peak of the first steps, and between steps
 
 
 @dataclass(slots=True)

@@ -180,10 +180,11 @@ class Sharded(Pattern):
         }
 
     def _gathered_bytes(self, facts: Facts) -> int:
-        """At the worst moment, in backward: what belongs to no block, whole, with its gradients; of the largest block its parameters, the
-        next one's, and its gradients, twice (once more as they travel)."""
-        rest = sum(p.nbytes for p in facts.params) - sum(facts.blocks.values())
-        return 2 * rest + 4 * max(facts.blocks.values(), default=0)
+        """At the worst moment, in backward: parameters and gradients of what belongs to no block and of the largest block, and the room
+        in which parameters come together and gradients stand ready."""
+        inside, largest = sum(facts.blocks.values()), max(facts.blocks.values(), default=0)
+        rest = sum(p.nbytes for p in facts.params) - inside
+        return 2 * rest + (largest if self.reshard else inside) + largest + max(rest, largest)
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         result = []

@@ -28,6 +28,7 @@ from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimize
 from weft.patterns.sharded import ACROSS, SHARD, Sharded
 from weft.patterns.training import Arena, Replica
 from weft.update import ClipNorm, Dense, Update, norm
+from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
     from weft.patterns.base import Context
@@ -41,6 +42,8 @@ class ShardedReplica(Replica):
     def __init__(self, ctx: Context, pattern: Sharded, **settings: Any) -> None:
         self.pattern = pattern
         self.at_end = ExitStack()
+        if ctx.world > 1:
+            leave_no_gaps()
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
             super().__init__(ctx, **settings)

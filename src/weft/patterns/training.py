@@ -31,8 +31,10 @@ from weft.patterns.metrics import Totals, evaluate_batch
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.update import Dense, Rows, Transform, Update, apply_all
+from weft.usage import PeakMemory
 
 AS_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+WATCHED_STEPS = 3  # whose peak of memory is told: the first makes the optimizer's state, the second meets it
 EVAL_SHARE = 4  # evaluation keeps no activations: it takes this many times a training share at once
 
 
@@ -103,6 +105,7 @@ class Replica:
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         seed_everything(key_int(config.seed, "data"))
         train, test = task.data()
+        self.memory = PeakMemory.of(ctx.device) if config.cluster != "inprocess" else None  # threads share a process
         seed_everything(key_int(config.seed, "init"))
         self.model = self._make_model(dtype)
         self.params = trainable(self.model)
@@ -425,16 +428,24 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
     meter = Meter({WORLD: ctx.link, **ctx.groups})
+    memory, watched = replica.memory, min(ctx.total_steps, replica.step + WATCHED_STEPS)
     with contextlib.closing(exchange):
         while replica.step < ctx.total_steps:
             meter.begin()
             report = replica.report = StepReport()
+            if memory is not None:
+                memory.begin()
             replica.apply(exchange.gradients(replica.gradients()))
             exchange.parameters(replica.step)
             ended = replica.step == ctx.total_steps
             if ended or exchange.stop:
                 exchange.flush()
             meter.end(report)
+            if memory is not None:
+                memory.end()
+                if ended or exchange.stop or replica.step == watched:
+                    report.memory = (memory.peak_bytes, memory.held_bytes)
+                    memory = None
             yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 
