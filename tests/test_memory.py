@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import os
+import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import weft
 from weft.cli import main
 from weft.driver.prepare import memory_shortage
-from weft.errors import ConfigError
+from weft.errors import ConfigError, MemberFailed
 from weft.patterns.sharded import Sharded
 from weft.report.human import format_bytes
 from weft.tasks.codelm import CodeLM
@@ -86,7 +88,8 @@ class Watching(Regression):
         self.last.append(StorageWeakRef(p.grad.untyped_storage()))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        KEPT.append(sum(not ref.expired() for ref in self.last))
+        if torch.is_grad_enabled():
+            KEPT.append(sum(not ref.expired() for ref in self.last))
         self.last.clear()
         return super().loss(model, batch)
 
@@ -94,8 +97,8 @@ class Watching(Regression):
 def test_gradients_do_not_outlive_the_next_step(tmp_path: Path) -> None:
     KEPT.clear()
     weft.run(Watching(), cluster="inprocess", steps=6, batch=24, run_dir=tmp_path / "run")
-    assert len(KEPT) > 6
-    assert not any(KEPT[2:]), "the first steps are those of the preflight and of the run"
+    assert len(KEPT) == 7, "the preflight's step, and the run's"
+    assert not any(KEPT[2:])
 
 
 # -- what is short
@@ -139,6 +142,46 @@ def test_a_run_that_cannot_fit_ends_before_its_workers_start(
         main()
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "more machines" in plan["notes"][0], "explain says so, and goes on"
+
+
+# -- a model that no worker may hold
+
+
+class Wide(Regression):
+    """32 blocks of 4 MB. ``room_mb``: what a worker may take while it makes them, held to by the kernel; ``looks``: cannot be made late."""
+
+    def __init__(self, seen: Path, room_mb: int, looks: bool = False) -> None:
+        super().__init__()
+        self.seen, self.room_mb, self.looks = seen, room_mb, looks
+
+    def model(self) -> nn.Module:
+        if not self.seen.exists():
+            self.seen.write_text(str(os.getpid()))  # the preflight's process
+        if self.seen.read_text() != str(os.getpid()):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            (data,) = (line.split()[1] for line in lines if line.startswith("VmData"))
+            resource.setrlimit(resource.RLIMIT_DATA, (int(data) * 1024 + self.room_mb * MB, resource.RLIM_INFINITY))
+        model = nn.Sequential(nn.Linear(6, 1024), *(nn.Linear(1024, 1024) for _ in range(32)), nn.Linear(1024, 1))
+        if self.looks:
+            assert cast(nn.Linear, model[1]).weight.isfinite().all()
+        return model
+
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return super().optimizer(params)
+
+
+@pytest.mark.multiprocess
+def test_no_worker_ever_holds_the_whole_model(tmp_path: Path) -> None:
+    """Two workers with 134 MB of parameters: each has room for its half and a few blocks."""
+    settings = {"workers": 2, "cluster": "local", "pattern": Sharded(), "batch": 4, "steps": 1}
+    weft.run(Wide(tmp_path / "a", room_mb=100), run_dir=tmp_path / "run", **settings)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert any("no worker ever holds the whole" in note for note in plan["notes"])
+    with pytest.raises(MemberFailed, match="allocate memory"):
+        weft.run(Wide(tmp_path / "b", room_mb=100, looks=True), run_dir=tmp_path / "whole", **settings)
+    plan = json.loads((tmp_path / "whole" / "plan.json").read_text())
+    assert any("makes the model whole" in note and "_local_scalar_dense" in note for note in plan["notes"])
 
 
 # -- the prediction

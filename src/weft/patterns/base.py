@@ -88,6 +88,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
     momentum_stays: str = ""  # why it could not, where there is none
     blocks: dict[str, int] = {}  # bytes of each, for a pattern that takes the model apart (patterns/blocks.py)
+    made_whole: str = (
+        ""  # why a worker has to make its model whole before it keeps a part (late.why_not); empty: it has not
+    )
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )

@@ -196,6 +196,12 @@ class Sharded(Pattern):
             result.append(
                 "the model has no blocks: it is gathered as a whole at each step. Give the task blocks(model)"
             )
+        if config.workers > 1:
+            result.append(
+                f"each worker makes the model whole before it keeps its part: {facts.made_whole}"
+                if facts.made_whole
+                else "the model is made block by block: no worker ever holds the whole"
+            )
         if any(b.running for b in facts.buffers):
             result.append(
                 "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from weft.comm.torch_backend import process_groups
 from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
+from weft.patterns.late import Later, all_tensors
 from weft.patterns.mean import JoinedMean
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.sharded import ACROSS, SHARD, Sharded
@@ -69,11 +70,13 @@ class ShardedReplica(Replica):
         self.stepped = self.parts
 
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
-        model = super()._make_model(dtype)
-        if self.ctx.resume is None:
-            self.link.broadcast([t.detach() for t in (*model.parameters(), *model.buffers())])
         if self.link.world == 1:
-            return model
+            return super()._make_model(dtype)
+        if self.ctx.facts.made_whole:
+            model, later = super()._make_model(dtype), None
+        else:
+            with Later() as later:
+                model = self.task.model().to(dtype)
         groups = {
             ranks: self.ctx.groups[name] for name, ranks in self.pattern.own_groups(self.ctx.rank, self.ctx.world)
         }
@@ -84,7 +87,9 @@ class ShardedReplica(Replica):
             init_device_mesh("cpu", shape, mesh_dim_names=names) if shape[0] > 1 else init_device_mesh("cpu", shape[1:])
         )
         for block in find_blocks(self.task, model).values():
+            self._give(later, block)
             fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.reshard)
+        self._give(later, model)
         fully_shard(model, mesh=mesh)
         room = Room()
         for module in model.modules():
@@ -97,6 +102,14 @@ class ShardedReplica(Replica):
                 # a call is done when it returns: to gather the next block early would hide nothing, and hold one more. Itself it has already
                 module.set_modules_to_backward_prefetch([module])
         return model
+
+    def _give(self, later: Later | None, module: nn.Module) -> None:
+        """Numbers, the same on all workers, to what is not in parts yet."""
+        tensors = [t for _, t in all_tensors(module) if not isinstance(t, DTensor)]
+        if later is not None:
+            later.give(tensors)
+        if self.ctx.resume is None:
+            self.link.broadcast([t.detach() for t in tensors])
 
     def gradients(self) -> Update:
         """What was exchanged meanwhile is no computing."""
@@ -226,7 +239,7 @@ class GatherIn(AllGather):
         return self.room.take(size, dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class ScatterFrom(ReduceScatter):
@@ -241,7 +254,7 @@ class ScatterFrom(ReduceScatter):
         return torch.empty(*size, dtype=dtype, device=device) if stays else self.room.take(size, dtype)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 # -- DTensors
