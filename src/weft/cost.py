@@ -145,6 +145,14 @@ def all_gather_bytes(carrier: str, nbytes: int, world: int, hosts: Sequence[int]
     return _after_slots(nbytes, nbytes_sent, world) if carrier in ("gloo", "nccl") else nbytes_sent
 
 
+def reduce_scatter_bytes(carrier: str, nbytes: int, world: int, all_reduce: Callable[[int, int], int]) -> int:
+    """What one of ``world`` members sends so that each gets its part of the sum of ``nbytes``; carriers that have no way of their own
+    ``all_reduce`` (bytes, world) it."""
+    if carrier == "shm" or carrier in MESSAGE_CARRIERS:
+        return round((world - 1) / world * nbytes)
+    return all_reduce(nbytes, world)
+
+
 def _after_slots(nbytes: int, then: int, world: int) -> int:
     """What torch.distributed sends: slots, and ``then`` so many bytes if ``nbytes`` do not fit into a slot."""
     return (world - 1) * SLOT_BYTES + (0 if nbytes <= SLOT_BYTES - SLOT_HEAD_BYTES else then)

@@ -12,6 +12,8 @@ Kinds and their ``values``:
   balance   shares (examples of a joined batch by rank, from the next step on), reason
   usage     of this member's process, about once a second: pid, cpu_percent (since the one before; 100 is one core),
             rss_bytes, peak_rss_bytes; with a GPU gpu_bytes, peak_gpu_bytes and, where it can be told, gpu_percent
+  memory    of this member after the first steps, beyond what its process had before the model: peak_bytes (the most in a step),
+            held_bytes (between steps)
   measured  before the run: world, carrier, latency_s, bytes_per_s (of each worker's link, while all use theirs); where
             `compress=auto`: compress, why, ways (what each candidate would send and compute in an exchange)
   equivalence before the run: text, detail; tolerance, steps (each: difference, loss, loss_difference, name, shape, worst, own), by_shares

@@ -35,7 +35,7 @@ from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
 from weft.spans import Spans, local_clock
 from weft.task import Defaults
-from weft.usage import Usage
+from weft.usage import Usage, memory_left
 
 TICK_S = 0.2
 SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "hidden_s", "data_s", "bytes_sent", "messages")
@@ -50,7 +50,9 @@ def learn_facts(seat: Seat) -> None:
     config = complete(job.config, task.defaults)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
+    left = memory_left()
     facts = preflight(task, pattern, config, known_indexes(job.run_dir))
+    facts = msgspec.structs.replace(facts, memory_left=left)
     if job.run_dir:
         state_bytes = sum(p.nbytes for p in facts.params) + facts.optimizer_bytes + sum(b.nbytes for b in facts.buffers)
         checkpoint.check_writable(Path(job.run_dir) / CHECKPOINTS, state_bytes)
@@ -194,6 +196,8 @@ class Reporter:
         self._reports.append(r)
         if r.balance is not None and self.rank == 0:
             self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
+        if r.memory is not None:
+            self.send("memory", peak_bytes=r.memory[0], held_bytes=r.memory[1])
         if self.clock() - self._sent >= TICK_S or self.step == 1:
             self.flush()
 

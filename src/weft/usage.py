@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -57,6 +59,85 @@ class Usage:
             except Exception:  # no nvidia-ml-py, or a driver or MIG slice that does not tell
                 self._can_tell_load = False
         return values
+
+
+class PeakMemory:
+    """The most that this process took in some stretches of work, beyond what it had when this was made (bytes).
+
+    On a CPU: the kernel's high-water mark of its own memory (libraries' files left out), and its part of what it shares (a page that n
+    processes use counts 1/n). That is what the allocator holds, the gaps that it leaves included. On a GPU: torch's tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._now()
+        self.peak_bytes = self.held_bytes = 0  # within stretches, and at the end of the last
+
+    def begin(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        Path("/proc/self/clear_refs").write_text("5")  # the mark is what it holds now
+
+    def end(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self.held_bytes = self._now() - self._before
+        else:
+            now, shared = _own_memory(), _shared_memory()
+            peak = now["VmHWM"] - now["RssFile"] - now["RssShmem"] + shared
+            self.held_bytes = now["RssAnon"] + shared - self._before
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes, peak - self._before)
+
+    def _now(self) -> int:
+        if self._device.type == "cuda":
+            import torch
+
+            return torch.cuda.memory_allocated(self._device)
+        return _own_memory()["RssAnon"] + _shared_memory()
+
+    @classmethod
+    def of(cls, device: torch.device) -> PeakMemory | None:
+        """None where the kernel does not tell."""
+        try:
+            found = cls(device)
+            found.begin()
+        except (OSError, KeyError, ValueError):
+            return None
+        return found
+
+
+def _own_memory() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        line[0][:-1]: int(line[1]) * 1024
+        for line in lines
+        if line[0] in ("VmHWM:", "RssAnon:", "RssFile:", "RssShmem:")
+    }
+
+
+def _shared_memory() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Shmem:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError("Pss_Shmem")
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+ALONE_BYTES, TOP_BYTES = 4 << 20, 64 << 20
+
+
+def leave_no_gaps() -> None:
+    """From now on memory of ALONE_BYTES or more goes back to the kernel when it is freed. glibc by itself would soon keep it, among what
+    lives on: gaps of a fifth of what a sharded worker holds. Where there is another allocator, nothing changes."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, ALONE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, TOP_BYTES)  # else the top would come and go with each small tensor
 
 
 def memory_left() -> int:

@@ -16,6 +16,7 @@ from weft.comm.shm import Region, ShmLink, supported
 from weft.comm.torch_backend import process_groups
 from weft.errors import CommError, Incompatible, Mismatch, PeerLost
 from weft.testing.conformance import Make, Outcome, in_processes
+from weft.usage import PeakMemory
 
 pytestmark = [
     pytest.mark.multiprocess,
@@ -83,6 +84,25 @@ def test_collectives_do_what_torch_says_they_do(world: int) -> None:
             assert sent == all_of[-1].tolist()
         assert mean == pytest.approx((world - 1) / 2)
         assert objects == [{"rank": r} for r in range(world)]
+
+
+def test_large_collectives_take_little_beside_their_tensors() -> None:
+    numel, MB = 12_000_000, 1_000_000
+
+    def each(link: Link) -> tuple[float, float]:
+        whole, part = torch.zeros(2 * numel), torch.zeros(numel)
+        taken = []
+        for call in (dist.all_gather_into_tensor, lambda a, b: dist.reduce_scatter_tensor(b, a)):
+            memory = PeakMemory.of(torch.device("cpu"))
+            assert memory is not None
+            memory.begin()
+            call(whole, part)
+            memory.end()
+            taken.append(memory.peak_bytes / MB)
+        return taken[0], taken[1]
+
+    for outcome in ranks(2, each):
+        assert max(outcome.get()) < 12, "a copy of a part would be 48"
 
 
 def test_dtensors_are_laid_out_and_joined() -> None:

@@ -171,6 +171,35 @@ class RingLink(Link):
             self._step(call, {k: [as_bytes(mine)] for k in others}, dict.fromkeys(others, place))
         return [gathered[k].to(tensor.device) for k in self._ids]
 
+    def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        if mine.device.type != "cpu" or self.world == 1:
+            super().all_gather_into(whole, mine)
+            return
+        others = [k for k in range(self.world) if k != self.rank]
+        with self._call("all_gather_into", [mine]) as call:
+            whole[self.rank].copy_(mine)
+            receives = {k: call.expect([as_bytes(whole[k])]) for k in others}
+            self._step(call, {k: [as_bytes(mine.detach())] for k in others}, receives)
+
+    def reduce_scatter(self, mine: torch.Tensor, given: torch.Tensor) -> None:
+        """Each rank sends each the row that is its, which adds up: as many bytes as round a ring, in one step for each piece."""
+        if mine.device.type != "cpu" or self.world == 1:
+            super().reduce_scatter(mine, given)
+            return
+        others = [k for k in range(self.world) if k != self.rank]
+        with self._call("reduce_scatter", [given]) as call:
+            for part in self._pieces(mine):
+                total, rows = mine.detach()[part], given.detach()[:, part]
+                stride = math.ceil(total.nbytes / ALIGN) * ALIGN
+                scratch, view = self._scratch.bytes(self.world * stride)
+                places = {k: slice(k * stride, k * stride + total.nbytes) for k in others}
+                sends = {k: [as_bytes(rows[k])] for k in others}
+                self._step(call, sends, {k: call.expect([view[places[k]]]) for k in others})
+                came = [rows[k] if k == self.rank else scratch[places[k]].view(total.dtype) for k in range(self.world)]
+                _add(came[0], came[1], total)
+                for each in came[2:]:
+                    _add(total, each, total)
+
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         """The root sends to each, or by a binomial tree; who has no more to say sends empty frames, so that all see a
         mismatch."""

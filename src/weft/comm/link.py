@@ -8,7 +8,7 @@ naming who is missing; a member that is gone raises ``PeerLost``. Results are bi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Op = Literal["sum", "max"]
 DEADLINE_S = 60.0
+PIECE_BYTES = 8 << 20  # of a large exchange that is done piece by piece: what it may take beside its tensors
 WORLD = "world"  # the name of the group of all members
 
 
@@ -98,6 +99,27 @@ class Link(ABC):
     @abstractmethod
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         """Every rank's buffers become those of ``root``, in place."""
+
+    def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        """Row r of ``whole`` (world, n) becomes rank r's ``mine`` (n,), which may lie in ``whole`` as its row. Both contiguous."""
+        for part in self._pieces(mine):
+            for row, piece in zip(
+                whole, self.all_gather(mine[part][None]), strict=True
+            ):  # only in dim 0 might they differ
+                row[part].copy_(piece[0])
+
+    def reduce_scatter(self, mine: torch.Tensor, given: torch.Tensor) -> None:
+        """``mine`` (n,) becomes the sum over ranks of this rank's row of their ``given`` (world, n), which stays. Both contiguous."""
+        for part in self._pieces(mine):
+            held = given[:, part].clone()
+            self.all_reduce([held])
+            mine[part].copy_(held[self.rank])
+
+    def _pieces(self, mine: torch.Tensor) -> Iterator[slice]:
+        """Of n numbers, of which each rank has as many: all ranks' of a piece are together at most PIECE_BYTES."""
+        step = max(1, PIECE_BYTES // (self.world * mine.element_size()))
+        for start in range(0, max(1, mine.numel()), step):
+            yield slice(start, min(start + step, mine.numel()))
 
     def barrier(self) -> None:
         import torch

@@ -79,8 +79,7 @@ class LinkGroup(dist.ProcessGroup):
             raise Incompatible(f"reduction {op} over Weft's links is not possible: sum, avg, max and min are.")
 
     def all_gather_single(self, output: Tensor, mine: Tensor, opts: Any = None) -> Any:
-        parts = self.link.all_gather(mine.reshape(-1))
-        torch.cat(parts, out=output.view(-1))
+        self.link.all_gather_into(output.view(self.link.world, -1), mine.reshape(-1))
         return done(output)
 
     def all_gather_single_coalesced(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> Any:
@@ -95,11 +94,15 @@ class LinkGroup(dist.ProcessGroup):
         return done([list(into) for into in outputs])
 
     def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None) -> Any:
-        whole = given.reshape(-1)
-        whole = whole.clone() if whole.data_ptr() == given.data_ptr() else whole
-        self._reduce([whole], opts)
-        n = output.numel()
-        output.view(-1).copy_(whole[self.link.rank * n : (self.link.rank + 1) * n])
+        op, rows = opts.reduceOp if opts is not None else dist.ReduceOp.SUM, given.reshape(self.link.world, -1)
+        if op == dist.ReduceOp.SUM or op == dist.ReduceOp.AVG:
+            self.link.reduce_scatter(output.view(-1), rows)
+            if op == dist.ReduceOp.AVG:
+                output.div_(self.link.world)
+        else:  # seldom, and never in a step
+            whole = rows.clone()
+            self._reduce([whole], opts)
+            output.view(-1).copy_(whole[self.link.rank])
         return done(output)
 
     def reduce_scatter_single_coalesced(

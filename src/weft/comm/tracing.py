@@ -61,6 +61,16 @@ class TracedLink(Link):
         self._spans.add("all_gather", begin, clock())
         return gathered
 
+    def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        begin = clock()
+        self._link.all_gather_into(whole, mine)
+        self._spans.add("all_gather", begin, clock())
+
+    def reduce_scatter(self, mine: torch.Tensor, given: torch.Tensor) -> None:
+        begin = clock()
+        self._link.reduce_scatter(mine, given)
+        self._spans.add("reduce_scatter", begin, clock())
+
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         begin = clock()
         self._link.broadcast(buffers, root)

@@ -157,6 +157,16 @@ class FaultyLink(Link):
         given = tensor.detach().clone()
         return self._link.all_gather(given) if self._strike([given]) else [given] * self.world
 
+    def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        given = mine.detach().clone() if self._faults else mine
+        if self._strike([given]):
+            self._link.all_gather_into(whole, given)
+
+    def reduce_scatter(self, mine: torch.Tensor, given: torch.Tensor) -> None:
+        given = given.detach().clone() if self._faults else given
+        if self._strike([given]):
+            self._link.reduce_scatter(mine, given)
+
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         if self._strike(buffers):
             self._link.broadcast(buffers, root)

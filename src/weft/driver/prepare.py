@@ -22,6 +22,7 @@ from weft.events import Event
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern, left_behind
 from weft.plan import MemberPlan, Plan
+from weft.report.human import format_bytes
 from weft.report.observers import Observer, Observers
 
 HEAP_SLACK = 1 << 20
@@ -101,6 +102,13 @@ def prepare(
     compared = equivalence.announce(config, facts, pattern, total)
     save_every = save_interval(config, total, pattern.period(facts, config))
     plan = make_plan(config, facts, pattern, links, total, save_every, why, [*notes, *session.notes])
+    here = -(-config.workers // max(1, len(session.hosts)))
+    if facts.device == "cpu" and (
+        short := memory_shortage(plan.members[0].memory, here, facts.memory_left, pattern.splits)
+    ):
+        if short.certain and folder is not None:
+            raise errors.ConfigError(short.text)
+        plan.notes.insert(0, short.text)
     if resolved.choice:
         plan.choices["compress"] = resolved.choice
     plan.choices.update(compared)
@@ -196,6 +204,35 @@ def make_plan(
             *more_notes,
         ],
         config={k: v for k, v in msgspec.to_builtins(config).items() if k != "task"},
+    )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    text: str
+    certain: bool  # what stays for the whole run is too much, whatever the activations are
+
+
+def memory_shortage(each: Mapping[str, int], workers: int, left: int, split: bool) -> Shortage | None:
+    """Of ``workers`` on one machine, each of which is predicted to take ``each`` by purpose, where ``left`` bytes are left. ``split``:
+    each holds but a part of the model already."""
+    state = workers * sum(each.get(purpose, 0) for purpose in ("parameters", "gradients", "optimizer"))
+    whole = workers * sum(each.values())
+    if not left or whole <= left:
+        return None
+    who = f"{workers} workers on this machine" if workers > 1 else "the worker"
+    has = f"{format_bytes(left)} of memory are left"
+    sharded = "" if split else "--pattern sharded (each worker holds a part), "
+    if state > left:
+        return Shortage(
+            f"parameters, gradients and optimizer of {who} take {format_bytes(state)}, and {has}: use {sharded}more machines, or a "
+            "smaller model.",
+            True,
+        )
+    return Shortage(
+        f"memory is short: {who} may take {format_bytes(whole)} at the peak of a step, and {has}: use a smaller --batch, -o accumulate=, "
+        f"{sharded}or more machines",
+        False,
     )
 
 

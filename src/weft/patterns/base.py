@@ -138,6 +138,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     optimizer: str = ""  # the class of the task's
     between_hosts: bool = False  # the workers stand on several
+    memory_left: int = 0  # bytes of this machine or container, before any worker starts; 0: nobody looked
     step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.momentum_before)
@@ -146,6 +147,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     blocks: dict[str, int] = {}  # bytes of each, for a pattern that takes the model apart (patterns/blocks.py)
     tensor: TensorFacts | None = None  # of a pattern that cuts tensors
     pipeline: PipelineFacts | None = None  # of a pattern that cuts the model into stages
+    made_whole: str = (
+        ""  # why a worker has to make its model whole before it keeps a part (late.why_not); empty: it has not
+    )
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
@@ -247,6 +251,7 @@ class StepReport:
     sent: dict[str, int] = field(default_factory=dict)  # the same by group, for a member of several
     messages: int = 0
     balance: Decision | None = None  # the shares change
+    memory: tuple[int, int] | None = None  # bytes taken at the peak of the first steps, and between steps
 
 
 @dataclass(slots=True)

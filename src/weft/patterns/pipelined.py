@@ -38,9 +38,14 @@ class Chosen(NamedTuple):
     stages: tuple[range, ...]  # items of each
     why: str
     ranked: Sequence[Ranked]
+    activation_bytes: tuple[float, ...]  # at most at once, by place in the pipeline
 
     def stages_of(self, item: int) -> list[int]:
         return [k for k, items in enumerate(self.stages) if item in items]
+
+    def workers_of(self, items: Sequence[int]) -> set[int]:
+        """Places in the pipeline at which these are computed."""
+        return {self.worker_of(item) for item in items}
 
     def worker_of(self, item: int) -> int:
         """Its place in the pipeline."""
@@ -139,4 +144,4 @@ def _choose(known: Known, asked: Pipelined, workers: int) -> Chosen:
     )
     chosen = best(ranked)
     lists = program(chosen.schedule, workers, facts.microbatches, chosen.stages_per_rank)
-    return Chosen(lists, chosen.partition.stages, why(ranked), ranked)
+    return Chosen(lists, chosen.partition.stages, why(ranked), ranked, chosen.predicted.activation_bytes)

@@ -26,8 +26,9 @@ from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
 from weft.patterns.compression import momentum_of, set_momentum
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
+from weft.patterns.late import why_not
 from weft.patterns.metrics import Totals, evaluate_batch
-from weft.patterns.randomness import seed_everything
+from weft.patterns.randomness import host_state_kept, seed_everything
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
 
@@ -50,6 +51,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
             f"{name}.model holds complex numbers ({strange[0]}): keep real and imaginary parts as two real tensors."
         )
     model = model.to(device, dtype)
+    made_whole = whole_or_late(task, model, dtype, config.seed) if pattern.splits else ""
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise TaskError(f"{name}.model has only frozen parameters: leave requires_grad=True on those to train.")
@@ -132,10 +134,21 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
         **pattern.learn(task, model, batch_of, config),
+        made_whole=made_whole,
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
     pattern.check(facts, config)
     return facts
+
+
+def whole_or_late(task: Task, model: nn.Module, dtype: torch.dtype, seed: int) -> str:
+    """late.why_not of the task's own ``model``; what randomness follows is as if it had not been asked."""
+    torch_state = torch.get_rng_state()
+    with host_state_kept():
+        seed_everything(key_int(seed, "init"))
+        reason = why_not(lambda: task.model().to(dtype), model)
+    torch.set_rng_state(torch_state)
+    return reason
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from weft.comm.link import WORLD
-from weft.cost import all_gather_bytes
+from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Facts, Group, ParamFact, Pattern, Role, tail_numel
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
@@ -209,7 +209,8 @@ class SplitPattern(Pattern):
                 plan(
                     SHARDED,
                     f"{size} workers that hold a model together",
-                    all_gather_bytes(carrier, gathered // size, size) + bytes_for(reduced, size),
+                    all_gather_bytes(carrier, gathered // size, size)
+                    + reduce_scatter_bytes(carrier, reduced, size, bytes_for),
                     f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.gathers_twice else 'once'}; gradients",
                 )
             )
@@ -247,25 +248,39 @@ class SplitPattern(Pattern):
         return int(total)
 
     def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
-        layout = self.layout(workers)
-        held = self._held(facts, layout, facts.params)
-        trained = self._held(facts, layout, [p for p in facts.params if p.trainable])
+        """Of the worker that takes most."""
+        layout, chosen = self.layout(workers), self.chosen(facts, workers)
         whole = sum(p.nbytes for p in facts.params if p.trainable)
-        activations = facts.tensor.activation_bytes if facts.tensor else facts.activation_bytes
-        return {
-            "parameters": held,
-            "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
-            "gradients": trained * (2 if layout.data > 1 else 1),
-            "optimizer": facts.optimizer_bytes * trained // whole,
-            "activations": activations // self.accumulate,
-            "buffers": sum(b.nbytes for b in facts.buffers),
-        }
+
+        def at(place: int) -> dict[str, int]:
+            here = [p for p in facts.params if chosen is None or place in chosen.workers_of(self._items(facts, p.name))]
+            held = self._held(facts, layout, here)
+            trained = self._held(facts, layout, [p for p in here if p.trainable])
+            activations = facts.tensor.activation_bytes if facts.tensor else facts.activation_bytes
+            if chosen is not None:
+                activations = int(chosen.activation_bytes[place])
+            return {
+                "parameters": held,
+                "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
+                "gradients": trained * (2 if layout.data > 1 else 1),
+                "optimizer": facts.optimizer_bytes * trained // whole,
+                "activations": activations // self.accumulate,
+                "buffers": sum(b.nbytes for b in facts.buffers),
+            }
+
+        return max((at(place) for place in range(layout.pipeline)), key=lambda parts: sum(parts.values()))
+
+    @staticmethod
+    def _items(facts: Facts, name: str) -> list[int]:
+        assert facts.pipeline is not None
+        return facts.pipeline.uses[name]
 
     def _gathered_bytes(self, facts: Facts, layout: Layout) -> int:
-        """At the worst moment, in backward: what belongs to no block, whole, with its gradients; of the largest block its parameters, the
-        next one's, and its gradients, twice (once more as they travel)."""
-        rest = sum(p.nbytes for p in facts.params) - sum(facts.blocks.values())
-        return (2 * rest + 4 * max(facts.blocks.values(), default=0)) // layout.tensor
+        """At the worst moment, in backward: parameters and gradients of what belongs to no block and of the largest block, and the room
+        in which parameters come together and gradients stand ready."""
+        inside, largest = sum(facts.blocks.values()), max(facts.blocks.values(), default=0)
+        rest = sum(p.nbytes for p in facts.params) - inside
+        return (2 * rest + (largest if self.gathers_twice else inside) + largest + max(rest, largest)) // layout.tensor
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         layout = self.layout(config.workers)
@@ -289,12 +304,23 @@ class SplitPattern(Pattern):
             result.append(
                 "the model has no blocks: it is gathered as a whole at each step. Give the task blocks(model)"
             )
+        if config.workers > 1:
+            result.append(
+                f"each worker makes the model whole before it keeps its part: {self.made_whole(facts, layout)}"
+                if self.made_whole(facts, layout)
+                else "the model is made block by block: no worker ever holds the whole"
+            )
         if layout.shares > 1 and any(b.running for b in facts.buffers):
             result.append(
                 "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "
                 "workers, weighted by examples, at each step (integer ones: the largest)"
             )
         return result
+
+    @staticmethod
+    def made_whole(facts: Facts, layout: Layout) -> str:
+        """Why a worker cannot make its part alone; empty if it can."""
+        return "stages are told apart once all of it is there" if layout.pipeline > 1 else facts.made_whole
 
     def replica(self, ctx: Context) -> Replica:
         from weft.patterns.split_replica import SplitReplica

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 
 from weft.comm.link import Link, SoloLink, tell_all
@@ -27,6 +29,7 @@ from weft.data.sampler import Draw
 from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
+from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
 from weft.patterns.metrics import evaluate_batch
@@ -40,8 +43,9 @@ from weft.patterns.optimizer_state import (
 from weft.patterns.pipelined import CHANNEL, Chosen
 from weft.patterns.pipelining import PipelineWork, move_away
 from weft.patterns.split import SplitPattern
-from weft.patterns.training import Arena, Replica
+from weft.patterns.training import Arena, Replica, first_names
 from weft.update import ClipNorm, Dense, Update, norm
+from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
     from weft.patterns.base import Context
@@ -66,6 +70,8 @@ class SplitReplica(Replica):
             self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
         )
         self.at_end = ExitStack()
+        if ctx.world > 1:
+            leave_no_gaps()
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
             super().__init__(ctx, **settings)
@@ -101,20 +107,59 @@ class SplitReplica(Replica):
         return SoloLink() if size == 1 else self.link if size == self.ctx.world else self.ctx.groups[axis]
 
     def _make_model(self, dtype: torch.dtype) -> nn.Module:
-        model = super()._make_model(dtype)
-        if self.ctx.resume is None:
-            self.link.broadcast([t.detach() for t in (*model.parameters(), *model.buffers())])
         if self.link.world == 1:
-            return model
+            return super()._make_model(dtype)
+        if self.pattern.made_whole(self.ctx.facts, self.layout):
+            model, later = super()._make_model(dtype), None
+        else:
+            with Later() as later:
+                model = self.task.model().to(dtype)
+            self.first_names = first_names(model)
         mesh = self._make_mesh()
         if self.layout.tensor > 1:
             assert self.ctx.facts.tensor is not None
-            tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR])
+            tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR], lambda module: self._give(later, module))
         if self.layout.sharded > 1:
-            self._shard(model, mesh[SHARDED])
+            self._shard(model, mesh[SHARDED], later)
+        else:
+            self._give(later, model)
         if self.chosen is not None:
             self._keep_stages(model, self.chosen)
         return model
+
+    def _give(self, later: Later | None, module: nn.Module) -> None:
+        """Numbers, the same on all workers, to what is not in parts yet."""
+        unparted = [t for _, t in all_tensors(module) if not isinstance(t, DTensor)]
+        if later is not None:
+            later.give(unparted)
+        if self.ctx.resume is None:
+            self.link.broadcast([t.detach() for t in unparted])
+
+    def _make_mesh(self) -> DeviceMesh:
+        rank = self.ctx.rank
+        axes = [axis for axis in AXES if getattr(self.layout, axis) > 1]
+        groups = {
+            next(ranks for ranks in self.layout.groups(axis) if rank in ranks): self.link_on(axis) for axis in axes
+        }
+        self.at_end.enter_context(process_groups(self.link, groups))
+        return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
+
+    def _shard(self, model: nn.Module, mesh: DeviceMesh, later: Later | None) -> None:
+        for block in find_blocks(self.task, model).values():
+            self._give(later, block)
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
+        self._give(later, model)
+        fully_shard(model, mesh=mesh)
+        room = Room()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(GatherIn(room))
+                module.set_custom_reduce_scatter(ScatterFrom(room))
+                # each worker's gradient is its share of the joined mean's: they are added up, not averaged
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+                # a call is done when it returns: to gather the next block early would hide nothing, and hold one more. Itself it has already
+                module.set_modules_to_backward_prefetch([module])
 
     def _keep_stages(self, model: nn.Module, chosen: Chosen) -> None:
         facts, place = self.ctx.facts.pipeline, self.place[PIPELINE]
@@ -135,28 +180,11 @@ class SplitReplica(Replica):
         assert self.ctx.facts.pipeline is not None
         return sorted({self.chosen.worker_of(item) for item in self.ctx.facts.pipeline.uses[name]})
 
-    def _make_mesh(self) -> DeviceMesh:
-        rank = self.ctx.rank
-        axes = [axis for axis in AXES if getattr(self.layout, axis) > 1]
-        groups = {
-            next(ranks for ranks in self.layout.groups(axis) if rank in ranks): self.link_on(axis) for axis in axes
-        }
-        self.at_end.enter_context(process_groups(self.link, groups))
-        return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
-
-    def _shard(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        for block in find_blocks(self.task, model).values():
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
-        fully_shard(model, mesh=mesh)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # each worker's gradient is its share of the joined mean's: they are added up, not averaged
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-
     def gradients(self) -> Update:
         """What was exchanged meanwhile is no computing."""
         before, waited = self._seconds_in_links(), self.work.waited_s if self.work else 0.0
+        for part in self.parts.values():
+            part.grad = None
         with self._cut():
             update = super().gradients()
         waited = (self.work.waited_s if self.work else 0.0) - waited
@@ -382,6 +410,50 @@ class SplitMean(JoinedMean):
 
 def named(update: Update) -> Iterable[tuple[str, Tensor]]:
     return ((n, entry.tensor) for n, entry in update.entries.items() if isinstance(entry, Dense))
+
+
+# -- what travels
+
+
+class Room:
+    """Memory in which a block's parameters come together and its gradients stand ready, taken once: a fresh one for each would cost the
+    kernel more than the moving. Calls are done when they return, and what came is copied out at once: one room does for all."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: Sequence[int | torch.SymInt], dtype: torch.dtype) -> Tensor:
+        nbytes = int(math.prod(size)) * dtype.itemsize
+        if self._kept.numel() < nbytes:
+            self._kept = torch.empty(0, dtype=torch.uint8)  # two at a time would be one too many
+            self._kept = torch.empty(nbytes, dtype=torch.uint8)
+        return self._kept[:nbytes].view(dtype).view(*size)
+
+
+class GatherIn(AllGather):
+    def __init__(self, room: Room) -> None:
+        self.room = room
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.room.take(size, dtype)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class ScatterFrom(ReduceScatter):
+    """fully_shard asks by turns for where a block's gradients stand ready and for where this worker's part of the sum goes, which
+    stays: the gradient."""
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.stays = room, False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        stays, self.stays = self.stays, not self.stays
+        return torch.empty(*size, dtype=dtype, device=device) if stays else self.room.take(size, dtype)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 # -- DTensors

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -50,8 +50,11 @@ FUSED = (1, 2, 3)  # projections that one Linear may hold: up and gate, query an
 # -- cutting
 
 
-def cut(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
-    """Parameters of these modules become DTensors, each worker's a part of what it has. Tied ones stay tied."""
+def cut(
+    model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh, before: Callable[[nn.Module], None] | None = None
+) -> None:
+    """Parameters of these modules become DTensors, each worker's a part of what it has. Tied ones stay tied. ``before``: hears of each
+    module that is about to be cut."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -60,6 +63,8 @@ def cut(model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh) -> None:
     tied = [each for each in sites.values() if len(each) > 1]
     modules = dict(model.named_modules())
     for name, style in styles.items():
+        if before is not None:
+            before(modules[name])
         parallelize_module(modules[name], mesh, style_of(style), src_data_rank=None)
     for (first, first_name), *others in tied:
         for module, name in others:

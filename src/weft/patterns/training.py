@@ -33,8 +33,10 @@ from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimize
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.resilience.checkpoint import unlike
 from weft.update import Dense, Entry, Rows, Transform, Update, apply_all
+from weft.usage import PeakMemory
 
 AS_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+WATCHED_STEPS = 3  # whose peak of memory is told: the first makes the optimizer's state, the second meets it
 EVAL_SHARE = 4  # evaluation keeps no activations: it takes this many times a training share at once
 
 
@@ -118,6 +120,7 @@ class Replica:
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         seed_everything(key_int(config.seed, "data"))
         train, test = task.data()
+        self.memory = PeakMemory.of(ctx.device) if config.cluster != "inprocess" else None  # threads share a process
         seed_everything(key_int(config.seed, "init"))
         self.model = self._make_model(dtype)
         self.params = trainable(self.model)
@@ -197,6 +200,7 @@ class Replica:
         else:
             self.joined = draw.total * (self.averaged_over / self.shares)
         seed_torch(self.step_seed + self.step)
+        self.attached = Update()  # else the last step's gradients live beside this one's
         for p in self.params.values():
             p.grad = None
         data_s, loss_sum, weight = self._compute(draw)
@@ -465,19 +469,28 @@ def train(ctx: Context) -> Iterator[SafePoint]:
     if replica.step == ctx.total_steps:  # it died after its last update, before its result
         yield SafePoint(replica.step, False, True, StepReport(), *at_safe_point)
     meter = Meter({WORLD: ctx.link, **ctx.groups}, replica.carried_aside)
+    memory, watched = replica.memory, min(ctx.total_steps, replica.step + WATCHED_STEPS)
     with contextlib.closing(exchange):
         while replica.step < ctx.total_steps:
             meter.begin()
             report = replica.report = StepReport()
+            if memory is not None:
+                memory.begin()
             update = exchange.gradients(replica.gradients())
             if ctx.watch is not None:
                 ctx.watch(replica, exchange, update)
             replica.apply(update)
+            del update  # or its gradients would live beside the next step's
             exchange.parameters(replica.step)
             ended = replica.step == ctx.total_steps
             if ended or exchange.stop:
                 exchange.flush()
             meter.end(report)
+            if memory is not None:
+                memory.end()
+                if ended or exchange.stop or replica.step == watched:
+                    report.memory = (memory.peak_bytes, memory.held_bytes)
+                    memory = None
             yield SafePoint(replica.step, exchange.stop, ended, report, *at_safe_point)
 
 

@@ -34,6 +34,7 @@ class Member:
     ticks: list[Tick] = field(default_factory=list)
     usage: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     sent: dict[str, float] = field(default_factory=dict)  # bytes by group, where it stands in several
+    memory: dict[str, Any] = field(default_factory=dict)  # the newest "memory" event
     marked: float = 0.0  # until when its time is told
 
     def total(self, share: str) -> float:
@@ -122,6 +123,8 @@ class History:
                 self._add_ticks(event, now)
             case "usage":
                 self._member(event).usage.append((now, values))
+            case "memory":
+                self._member(event).memory = values
             case "eval":
                 for name, value in values.items():
                     stretch = self.evals.setdefault(name, Stretch())

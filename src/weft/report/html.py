@@ -407,21 +407,27 @@ class Page:
         return (
             html_table(["", ""], [*plan.answers.items(), *sizes], f"{plan.task} by {plan.pattern} ({plan.tier})")
             + html_table(["member", "device", "does", "examples a step"], members, "Who does what")
-            + html_table(["member", "predicted", "of which", "measured: growth", "measured: peak"], memory, "Memory")
+            + html_table(
+                ["member", "predicted", "of which", "measured: in a step", "between steps", "whole process"],
+                memory,
+                "Memory",
+            )
             + _note(
-                "Growth is from the member's start to its peak: besides what was predicted it holds the data, and what "
-                "libraries load when first used. On a GPU it is the memory that torch holds there."
+                "Measured in the first steps, beyond what the process had before it made the model: at the peak of a step, and between "
+                "two. The whole process also holds the data, Python and libraries, and, where it writes checkpoints, what it gathers for "
+                "them. On a GPU: torch's tensors, and for the whole process all that torch holds there."
             )
         )
 
-    def _measured_memory(self, who: Who) -> tuple[str, str]:
+    def _measured_memory(self, who: Who) -> tuple[str, str, str]:
         member = self.members.get(who)
-        if member is None or not member.usage:
-            return "", ""
-        if peak := _peak(member, "peak_gpu_bytes"):
-            return format_bytes(peak), format_bytes(peak)
-        peak = _peak(member, "peak_rss_bytes")
-        return format_bytes(max(0.0, peak - member.usage[0][1]["rss_bytes"])), format_bytes(peak)
+        if member is None:
+            return "", "", ""
+        inside, between = (
+            format_bytes(member.memory[key]) if key in member.memory else "" for key in ("peak_bytes", "held_bytes")
+        )
+        whole = _peak(member, "peak_gpu_bytes") or _peak(member, "peak_rss_bytes")
+        return inside, between, format_bytes(whole) if whole else ""
 
     def _own_sections(self) -> Sequence[Section]:
         """The pattern's own. A plan of a later version, or settings it refuses, leave the rest of the page as it is."""

@@ -98,6 +98,7 @@ class Summary:
         self.members: dict[tuple[str, int], MemberTotals] = {}  # by (role, member)
         self.started: set[tuple[str, int]] = set()
         self.evals: list[tuple[int, dict[str, float]]] = []  # (step, metrics)
+        self.memory: dict[tuple[str, int], int] = {}  # bytes that a member took at the peak of its first steps
         self.saves: list[Event] = []
         self.balances: list[tuple[int, list[int]]] = []  # (step, shares from then on)
         self.restarts: list[int] = []  # the steps it went back to
@@ -120,6 +121,8 @@ class Summary:
                 self.started.add((event.role, event.member))
             case "ticks":
                 self._add_ticks(event)
+            case "memory":
+                self.memory[event.role, event.member] = values["peak_bytes"]
             case "eval":
                 self.evals.append((event.step, {name: number(value) for name, value in values.items()}))
             case "saved":

@@ -295,6 +295,8 @@ def closing_summary(result: Mapping[str, Any], summary: Summary, plan: Plan) -> 
     rows.append(("speed", speed + f"{format_count(result['examples_per_s'])} examples/s"))
     if summary.members:
         rows += [("time", _shares_text(summary.shares)), ("sent", _sent(summary))]
+    if summary.memory:
+        rows.append(("memory", _memory(summary, plan)))
     if summary.balances:
         rows.append(("shares", _shares_of_batch(summary)))
     if result.get("equivalence"):
@@ -324,6 +326,13 @@ def _sent(summary: Summary) -> str:
     least, most = format_bytes(min(each)), format_bytes(max(each))
     between = least if least == most else f"{least} to {most}"
     return f"{format_bytes(summary.bytes_sent)} in all · {between} a step from each"
+
+
+def _memory(summary: Summary, plan: Plan) -> str:
+    """Of the member that took most."""
+    who, most = max(summary.memory.items(), key=lambda item: item[1])
+    predicted = next((sum(m.memory.values()) for m in plan.members if (m.role, m.member) == who), 0)
+    return f"{format_bytes(most)} at most in a step of one worker · {format_bytes(predicted)} predicted"
 
 
 def _shares_of_batch(summary: Summary) -> str:

@@ -315,6 +315,44 @@ def all_gather_keeps_rank_order(make: Make, world: int) -> None:
     _values(make(world)(fn))
 
 
+#: Numbers of a rank's part: none, few, more than one piece of a carrier's memory
+PARTS = ((0, torch.float32), (1, torch.int64), (5, torch.bfloat16), (700_001, torch.float32), (150_001, torch.bfloat16))
+
+
+def parts_are_gathered_in_place(make: Make, world: int) -> None:
+    """Into rows, of which the caller's own part may be one."""
+
+    def fn(link: Link) -> None:
+        for key, (numel, dtype) in enumerate(PARTS):
+            for own_row in (False, True):
+                whole = torch.full((link.world, numel), 3).to(dtype)
+                mine = contribution((numel,), dtype, link.rank, key)
+                mine = whole[link.rank].copy_(mine) if own_row else mine
+                link.all_gather_into(whole, mine)
+                for rank, row in enumerate(whole):
+                    assert torch.equal(row, contribution((numel,), dtype, rank, key)), (numel, dtype, rank)
+
+    _values(make(world)(fn))
+
+
+def reduce_scatter_equals_one_process(make: Make, world: int) -> None:
+    """Each rank gets the sum of its row, to the rounding of the dtype; what was given stays; twice the same bits."""
+
+    def fn(link: Link) -> None:
+        for key, (numel, dtype) in enumerate(PARTS):
+            given = contribution((link.world, numel), dtype, link.rank, key)
+            kept, mine, again = given.clone(), torch.empty(numel, dtype=dtype), torch.empty(numel, dtype=dtype)
+            link.reduce_scatter(mine, given)
+            link.reduce_scatter(again, given)
+            assert torch.equal(given, kept)
+            assert _bits([mine]) == _bits([again])
+            truth = expected((link.world, numel), dtype, link.world, "sum", key)[link.rank]
+            tolerance = _EPS.get(dtype, 0.0) * link.world * 5
+            torch.testing.assert_close(mine.double(), truth, rtol=0, atol=tolerance)
+
+    _values(make(world)(fn))
+
+
 def broadcast_comes_from_the_root(make: Make, world: int) -> None:
     shapes = (((3, 4), torch.float32), ((), torch.int64), ((40_000,), torch.bfloat16), ((0,), torch.float32))
 
@@ -409,6 +447,14 @@ def a_mismatch_names_the_ranks(make: Make, world: int) -> None:
             lambda link: link.all_reduce([torch.ones(2), torch.ones(2)]),
         ),
         "row": (lambda link: link.all_gather(torch.ones(4, 2)), lambda link: link.all_gather(torch.ones(4, 3))),
+        "part": (
+            lambda link: link.all_gather_into(torch.ones(link.world, 4), torch.ones(4)),
+            lambda link: link.all_gather_into(torch.ones(link.world, 5), torch.ones(5)),
+        ),
+        "scatter": (
+            lambda link: link.reduce_scatter(torch.ones(4), torch.ones(link.world, 4)),
+            lambda link: link.reduce_scatter(torch.ones(5), torch.ones(link.world, 5)),
+        ),
         "root": (lambda link: link.broadcast([torch.ones(4)], 0), lambda link: link.broadcast([torch.ones(4)], 1)),
         "known": (lambda link: link.all_reduce([torch.ones(5)]), lambda link: link.all_reduce([torch.ones(6)])),
     }
@@ -502,6 +548,8 @@ LAWS: tuple[Callable[[Make, int], None], ...] = (
     all_reduce_in_place,
     allocated_buffers_are_reduced,
     all_gather_keeps_rank_order,
+    parts_are_gathered_in_place,
+    reduce_scatter_equals_one_process,
     broadcast_comes_from_the_root,
     barrier_waits_for_all,
     many_calls_in_sequence,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import msgspec
 
 from weft.comm.link import DEADLINE_S, Link, Op, Traffic, late_error, name_ranks
-from weft.comm.shm.arrays import Array, arrays_of, flat_of, name_of, write_back
+from weft.comm.shm.arrays import BLOCK, Array, arrays_of, flat_of, name_of, write_back
 from weft.comm.shm.plan import OUTSIDE, SCATTERED, CallsAgain, Kept, Plan, calls_again, make_plan
 from weft.comm.shm.region import (
     ARRIVED,
@@ -141,6 +141,25 @@ class ShmLink(Link):
         gathered = self._run(plan, self._do_gather, flat_of(tensor), tensor.dtype, length, math.prod(rest))
         self.traffic.bytes_sent += (self.world - 1) * tensor.nbytes
         return [torch.as_tensor(each).view((n, *rest) if tensor.dim() else ()) for n, each in gathered]
+
+    def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        if self.world == 1:
+            whole[0].copy_(mine)
+            return
+        self._run(self._plan_of("all_gather_into", mine), self._do_gather_into, whole, mine)
+        self.traffic.bytes_sent += (self.world - 1) * mine.nbytes
+
+    def reduce_scatter(self, mine: torch.Tensor, given: torch.Tensor) -> None:
+        if self.world == 1:
+            mine.copy_(given[0])
+            return
+        self._run(self._plan_of("reduce_scatter", mine), self._do_reduce_scatter, mine, given)
+        self.traffic.bytes_sent += (self.world - 1) * mine.nbytes
+
+    def _plan_of(self, name: str, mine: torch.Tensor) -> Plan:
+        text = f"{name} of {name_of(mine.dtype)}[{mine.numel()}]"
+        text = f"{self.purpose}: {text}" if self.purpose else text
+        return self._planned((self._calls & 1, text), lambda: Plan(text))
 
     def all_reduce_bytes(self, nbytes: int) -> int:
         """Of this rank's share of ``nbytes``, the p-1 copies that it reads and the p-1 that it writes.
@@ -331,6 +350,56 @@ class ShmLink(Link):
                     arrays.copy(into, arrays.view(memory, scratch(rank), len(into)))
             self._sync()
         return list(zip(lengths, gathered, strict=True))
+
+    def _do_gather_into(self, plan: Plan, whole: torch.Tensor, mine: torch.Tensor) -> None:
+        arrays, memory, nbytes = arrays_of(mine.dtype), self.region.memory, mine.nbytes
+        rows, data = [flat_of(row) for row in whole], flat_of(mine)
+        area, room, second_sync = self._area(nbytes)
+        sync = self._meet
+        step = room // mine.element_size()
+        for start in range(0, max(1, len(data)), step):
+            piece = data[start : start + step]
+            if len(piece):
+                arrays.copy(arrays.view(memory, area(self.rank), len(piece)), piece)
+            sync()
+            for rank, row in enumerate(rows):
+                if len(into := row[start : start + step]):
+                    arrays.copy(into, piece if rank == self.rank else arrays.view(memory, area(rank), len(into)))
+            if second_sync:
+                self._sync()
+            sync = self._sync
+
+    def _do_reduce_scatter(self, plan: Plan, mine: torch.Tensor, given: torch.Tensor) -> None:
+        """In rank order, as an all-reduce adds up."""
+        arrays, memory, size = arrays_of(mine.dtype), self.region.memory, mine.element_size()
+        rows, result = [flat_of(row) for row in given], flat_of(mine)
+        area, room, second_sync = self._area(given.nbytes)
+        step, block = room // (self.world * size), BLOCK // size
+        sync, combine = self._meet, arrays.combine("sum")
+        for start in range(0, max(1, len(result)), step):
+            n = min(step, len(result) - start)
+            for rank, row in enumerate(rows if n else ()):
+                if rank != self.rank:
+                    arrays.copy(arrays.view(memory, area(self.rank) + rank * step * size, n), row[start : start + n])
+            sync()
+            for first in range(0, n, block):
+                last = min(first + block, n)
+                parts = [
+                    rows[rank][start + first : start + last]
+                    if rank == self.rank
+                    else arrays.view(memory, area(rank) + (self.rank * step + first) * size, last - first)
+                    for rank in range(self.world)
+                ]
+                combine(parts, result[start + first : start + last])
+            if second_sync:
+                self._sync()
+            sync = self._sync
+
+    def _area(self, nbytes: int) -> tuple[Callable[[int], int], int, bool]:
+        """Where each rank leaves what others take, how many bytes at a time, and whether it is to be left alone until all have it."""
+        if nbytes <= SLOT:
+            return functools.partial(self.region.slot, parity=self._calls & 1), SLOT, False
+        return self.region.scratch, SCRATCH, True
 
     # -- syncs
 
