@@ -44,32 +44,42 @@ JOB: dict[str, Any] = {
 #: Name -> pattern, workers. A new pattern that equals one process on the joined batch: one line.
 LAYOUTS: dict[str, tuple[Pattern, int]] = {
     "one": (AllReduce(), 1),
-    "allreduce-2": (AllReduce(), 2),
     "allreduce-3": (AllReduce(shared_step="off"), 3),
-    "clipped-2": (AllReduce(clip_norm=1e6), 2),
     "sharded-2": (Sharded(), 2),
     "sharded-4": (Sharded(replicas=2), 4),
     "tensor-2": (weft.Tensor(), 2),
-    "mesh-4": (Mesh(data=2, tensor=2), 4),
     "pipeline-2": (Pipeline(), 2),
+    "data x tensor": (Mesh(data=2, tensor=2), 4),
+    "data x pipeline": (Mesh(data=2, pipeline=2), 4),
+    "sharded x tensor": (Mesh(sharded=2, tensor=2), 4),
 }
-#: These equal one process if its optimizer is linear in the gradients, as SGD is.
-LINEAR: dict[str, tuple[Pattern, int]] = {
+#: Some more, each of which hands over to the next. The last two equal one process if its optimizer is linear in the gradients, as SGD is.
+MORE: dict[str, tuple[Pattern, int]] = {
+    "allreduce-2": (AllReduce(), 2),
+    "clipped-2": (AllReduce(clip_norm=1e6), 2),
     "localsgd-2": (LocalSGD(every=1), 2),
     "islands-4": (LocalSGD(every=1, island=2), 4),
 }
-ALL = LAYOUTS | LINEAR
+ALL = LAYOUTS | MORE
 CORE = [
     ("allreduce-2", "sharded-4"),
     ("sharded-4", "localsgd-2"),
     ("islands-4", "allreduce-3"),
-    ("pipeline-2", "mesh-4"),
+    ("pipeline-2", "data x tensor"),
 ]
 
 
-def pairs(names: dict[str, Any], core: list[tuple[str, str]]) -> list[Any]:
-    every = [(a, b) for a in names for b in names if a != b]
-    return [p if p in core else pytest.param(*p, marks=pytest.mark.slow) for p in every]
+def ring(names: Iterable[str]) -> list[tuple[str, str]]:
+    each = list(names)
+    return list(zip(each, [*each[1:], each[0]], strict=True))
+
+
+def pairs(every: Iterable[tuple[str, str]], core: list[tuple[str, str]]) -> list[Any]:
+    of = dict.fromkeys([*core, *every])
+    return [p if p in core else pytest.param(*p, marks=pytest.mark.slow) for p in of]
+
+
+EVERY = [*((a, b) for a in LAYOUTS for b in LAYOUTS if a != b), *ring([*MORE, "one"])]
 
 
 def firsts(names: Iterable[str], core: Collection[str]) -> list[Any]:
@@ -136,7 +146,7 @@ def notes_of(run_dir: Path) -> str:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("before", "after"), pairs(ALL, CORE))
+@pytest.mark.parametrize(("before", "after"), pairs(EVERY, CORE))
 def test_another_layout_goes_on_as_if_undisturbed(stopped: Stopped, before: str, after: str) -> None:
     run_dir = stopped(before, "sgd")
     pattern, workers = ALL[after]
@@ -148,10 +158,10 @@ def test_another_layout_goes_on_as_if_undisturbed(stopped: Stopped, before: str,
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("before", "after"), pairs(LAYOUTS, [("sharded-4", "allreduce-2")]))
+@pytest.mark.parametrize(("before", "after"), pairs(ring(LAYOUTS), [("sharded-4", "allreduce-2")]))
 def test_another_layout_goes_on_as_if_undisturbed_with_adamw(stopped: Stopped, before: str, after: str) -> None:
     run_dir = stopped(before, "adamw")
-    pattern, workers = LAYOUTS[after]
+    pattern, workers = ALL[after]
     weft.resume(run_dir, task=Split("adamw"), pattern=pattern, workers=workers)
     truth = train_plainly(Split("adamw"), steps=STEPS, batch=24, run_seed=3)
     assert distance(final_parameters(run_dir), truth) <= EQUAL

@@ -168,7 +168,9 @@ def test_equals_torch_s_own_transformer() -> None:
         }
         for theirs, ours in pairs.items():
             theirs.load_state_dict(ours.state_dict())
-        layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias = block.qkv.weight, block.qkv.bias
+        for kind in ("weight", "bias"):  # torch has all queries, all keys, all values; we have a head's query, key and value together
+            ours = getattr(block.qkv, kind).unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            setattr(layer.self_attn, f"in_proj_{kind}", nn.Parameter(ours))
         x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(16, dtype=torch.float64), is_causal=True)
     truth = F.layer_norm(x, (width,), model.norm.weight, model.norm.bias) @ model.embed.weight.T
     torch.testing.assert_close(model(tokens), truth, rtol=1e-10, atol=1e-10)
