@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from weft.cost import LinkSpeed
 from weft.errors import RunFolderError
 
 
@@ -23,6 +24,16 @@ class TaskRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str = ""
     options: dict[str, Any] = {}
     pickled: bytes = b""
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The pipeline that a run began with: kept, since schedule and cuts decide the order of sums."""
+
+    of: str  # what it was chosen for: in another layout, or with other options, it is chosen anew
+    schedule: str
+    stages_per_worker: int
+    items: list[int]  # in each stage
+    why: str
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,6 +48,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bytes_per_s: float = 0.0  # 0: nothing had to be measured
     compress: str = ""
     why: str = ""
+    neighbours: dict[str, LinkSpeed] = {}  # of a pipeline, by the name of their channel
+    pipeline: Settled | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

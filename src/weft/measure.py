@@ -38,9 +38,14 @@ def measure(seat: Seat) -> None:
     device = own_device(order.facts.device, rank)
     effort = probe.THOROUGH if order.thorough else probe.QUICK
     with contextlib.ExitStack() as at_end:
-        world: Link = at_end.enter_context(contextlib.closing(seat.link(WORLD)))
-        if lasting := [fault for f in config.faults if (fault := Fault.from_dict(f)).step is None]:
-            world = FaultyLink(world, lasting, step=lambda: 0)  # a slow network is slow before the first step, too
+        # a slow network is slow before the first step, too
+        lasting = [fault for f in config.faults if (fault := Fault.from_dict(f)).step is None]
+
+        def joined(group: str) -> Link:
+            link: Link = seat.link(group)
+            return FaultyLink(link, lasting, step=lambda: 0) if lasting else link
+
+        world = at_end.enter_context(contextlib.closing(joined(WORLD)))
 
         def say(what: str) -> None:
             if rank == 0:
@@ -49,7 +54,7 @@ def measure(seat: Seat) -> None:
         for pair in order.pairs:
             say(f"worker {pair[0]} and worker {pair[1]}")
             if rank in pair:
-                with contextlib.closing(seat.link(pair_name(pair))) as link:
+                with contextlib.closing(joined(pair_name(pair))) as link:
                     found = probe.measure(link, effort, device)
                 if rank == pair[0]:
                     seat.send({"link": row(pair, found)})
@@ -57,7 +62,7 @@ def measure(seat: Seat) -> None:
         say(f"all {config.workers} workers at once")
         found = probe.measure(world, effort, device)
         ways = []
-        for compress in (NONE, *order.codecs):
+        for compress in order.codecs:
             say(compress)
             ways.append(way(compress, order, world, device))
         if rank == 0:

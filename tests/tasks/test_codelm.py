@@ -168,7 +168,10 @@ def test_equals_torch_s_own_transformer() -> None:
         }
         for theirs, ours in pairs.items():
             theirs.load_state_dict(ours.state_dict())
-        for kind in ("weight", "bias"):  # torch has all queries, all keys, all values; we have a head's query, key and value together
+        for kind in (
+            "weight",
+            "bias",
+        ):  # torch has all queries, all keys, all values; we have a head's query, key and value together
             ours = getattr(block.qkv, kind).unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
             setattr(layer.self_attn, f"in_proj_{kind}", nn.Parameter(ours))
         x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(16, dtype=torch.float64), is_causal=True)

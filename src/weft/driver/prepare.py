@@ -68,7 +68,8 @@ def prepare(
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
     facts = msgspec.convert(reply["facts"], Facts, strict=False)
-    facts = msgspec.structs.replace(facts, between_hosts=len(session.hosts) > 1)
+    per_host = max((len(members) for members in session.hosts), default=config.workers)
+    facts = msgspec.structs.replace(facts, between_hosts=len(session.hosts) > 1, per_host=per_host)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
     chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)
@@ -92,7 +93,7 @@ def prepare(
         ]
 
     resolved = resolve(config, facts, pattern, links_of(pattern)[0], session, observer)
-    config, pattern = resolved.config, resolved.pattern
+    config, facts, pattern = resolved.config, resolved.facts, resolved.pattern
     links = links_of(pattern)
     links[0] = dataclasses.replace(links[0], speed=resolved.speed)
     pattern.check(facts, config)
@@ -162,6 +163,7 @@ def make_plan(
     memory = pattern.memory(facts, config.workers, carrier)
     if training := facts.indexes.get("training"):
         memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
+    step = pattern.predict(facts, config, bytes_by(specs), carrier)
     return Plan(
         task=config.task.name,
         pattern=config.pattern,
@@ -189,6 +191,7 @@ def make_plan(
             for m in range(role.count)
         ],
         links=pattern.links(facts, config, bytes_by(specs), carrier),
+        step=step,
         checkpoints=checkpoint_policy(config, save_every, total_steps),
         choices={
             "link": f"{carrier} ({why})",
@@ -198,6 +201,7 @@ def make_plan(
         | ({"balance": BALANCE_AUTO} if config.balance == "auto" else {})
         | pattern.choices(facts, config, carrier),
         notes=[
+            *([step.advice] if step and step.advice else []),
             *pattern.notes(facts, config),
             *facts.about_data,
             *([f"data: partition {config.partition}"] if config.partition != "shuffle" else []),

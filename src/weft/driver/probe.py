@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,11 @@ class Found:
     @property
     def slowest(self) -> LinkSpeed:
         """Of the ways between two workers, if any was measured by itself; else what all had at once."""
-        rows = self.links[:-1] or self.links
+        return self.among([tuple(row.members) for row in self.links[:-1]])
+
+    def among(self, pairs: Sequence[tuple[int, ...]]) -> LinkSpeed:
+        """The slowest of these; of no pairs, what all had at once."""
+        rows = [row for row in self.links[:-1] if tuple(row.members) in pairs] or self.links[-1:]
         return LinkSpeed(max(row.latency_s for row in rows), min(row.bytes_per_s for row in rows))
 
 
@@ -91,9 +95,11 @@ def measure(order: Order, link: LinkSpec, session: Session, observer: Observer, 
 
 @dataclass(frozen=True)
 class Resolved:
-    """``news``: what was measured now, for the run's events; ``choice``: a line for the plan, if there is one to tell."""
+    """``facts``: with what is known of links, and what was settled. ``news``: what was found now, for the run's events; ``choice``: of a
+    codec, a line for the plan, if there is one to tell."""
 
     config: Config
+    facts: Facts
     pattern: Pattern
     speed: LinkSpeed | None
     choice: str = ""
@@ -105,33 +111,40 @@ def resolve(
 ) -> Resolved:
     """Whatever is `auto` and needs a measurement, by the one that the run began with, or, in another world, by a new one.
 
-    A codec once chosen stays: what its error feedback holds back, and a momentum taken before it, are its own.
+    A codec once chosen stays: what its error feedback holds back, and a momentum taken before it, are its own. So does a pipeline, in the
+    same layout: schedule and cuts decide the order of sums.
     """
     known = config.measured
     asked = config.pattern_options.get("compress") == AUTO or (known is not None and known.compress != "")
     between = len(link.hosts) > 1 and config.collective == AUTO  # whose choice depends on the way between hosts
-    if not asked and not between and known is None:
-        return Resolved(config, pattern, None)
     if known is not None and (known.world, known.carrier) == (link.world, link.carrier):
-        return _settled(config, known, "as recorded")
+        recorded = _settled(config, facts, link, known, "as recorded")
+        if recorded.news is None or pattern.neighbours(facts, config).keys() <= known.neighbours.keys():
+            return recorded
+    neighbours = pattern.neighbours(facts, config)
+    speed_matters = between or (known is not None and known.bytes_per_s > 0)
     kept = known.compress if known is not None and known.compress != NONE else ""
     why_kept = "chosen when the run began, and kept with what it holds back" if kept else ""
-    if link.world == 1 or link.carrier in SAME_MEMORY:
+    fresh = Measured(world=link.world, carrier=link.carrier)
+    if not neighbours and (link.world == 1 or link.carrier in SAME_MEMORY or not (asked or speed_matters)):
         alone = "one worker has nobody to talk to" if link.world == 1 else "inside this host nothing pays"
-        measured = Measured(world=link.world, carrier=link.carrier, compress=kept or NONE, why=why_kept or alone)
-        return _settled(config, measured)
-    candidates, left_out = candidates_of(pattern, facts)
+        if asked:
+            fresh = msgspec.structs.replace(fresh, compress=kept or NONE, why=why_kept or alone)
+        return _settled(config, facts, link, fresh if asked else None)
+    candidates, left_out = candidates_of(pattern, facts) if asked else ([], [])
     leaders = [ranks[0] for ranks in link.hosts] if link.carrier == HIERARCHICAL else []
+    among_leaders = list(itertools.pairwise(leaders))
+    stands_for = alike(neighbours, session.hosts)
     order = Order(
         config=with_compress(config, kept or NONE) if asked or kept else config,
         facts=facts,
         carrier=link.carrier,
-        codecs=candidates if asked and not kept else [],
-        pairs=list(itertools.pairwise(leaders)),
+        codecs=[NONE, *candidates] if asked and not kept else [],
+        pairs=sorted({*among_leaders, *(stands_for.values() if link.world > 2 else ())}),
         hosts=[len(ranks) for ranks in link.hosts],
     )
     found = measure(order, link, session, observer, lambda _: None)
-    speed = found.slowest
+    speed = found.among(among_leaders)
     between_s = facts.step_s / pattern.exchanges_per_step(facts, config)
     if kept:
         choice = Choice(kept, why_kept)
@@ -139,29 +152,50 @@ def resolve(
         choice = Choice("", "")
     else:
         choice = choose(found.ways[0], found.ways[1:], speed, sum(facts.gradient_bytes.values()), between_s)
-    why = "; ".join([choice.why, *left_out])
-    measured = Measured(
-        world=link.world,
-        carrier=link.carrier,
+    measured = msgspec.structs.replace(
+        fresh,
         latency_s=speed.latency_s,
         bytes_per_s=speed.bytes_per_s,
         compress=choice.compress,
-        why=why,
+        why="; ".join([choice.why, *left_out]),
+        neighbours={name: found.among([stands_for[pair] for pair in pairs]) for name, pairs in neighbours.items()},
     )
     anew = f"measured anew for {link.world} workers over {link.carrier}" if known is not None else ""
-    news = {**msgspec.to_builtins(measured), "ways": msgspec.to_builtins(found.ways)}
-    return dataclasses.replace(_settled(config, measured, anew), news=news)
+    resolved = _settled(config, facts, link, measured, anew)
+    news = {**msgspec.to_builtins(resolved.config.measured), "ways": msgspec.to_builtins(found.ways)}
+    return dataclasses.replace(resolved, news=news)
 
 
-def _settled(config: Config, measured: Measured, how: str = "") -> Resolved:
-    chosen = with_compress(config, measured.compress) if measured.compress else config
-    config = msgspec.structs.replace(chosen, measured=measured)
-    told = f"auto, {how}" if how else "auto"
-    speed = LinkSpeed(measured.latency_s, measured.bytes_per_s) if measured.bytes_per_s else None
+def alike(
+    neighbours: Mapping[str, Sequence[tuple[int, int]]], hosts: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Which pair is measured for each: one of all those that stand on the same hosts."""
+    host_of = {rank: k for k, ranks in enumerate(hosts) for rank in ranks}
+    first: dict[tuple[int, int], tuple[int, int]] = {}
+    pairs = sorted({pair for each in neighbours.values() for pair in each})
+    return {(a, b): first.setdefault((host_of.get(a, 0), host_of.get(b, 0)), (a, b)) for a, b in pairs}
+
+
+def _settled(config: Config, facts: Facts, link: LinkSpec, measured: Measured | None, how: str = "") -> Resolved:
+    """``measured``: None where nothing had to be. A pipeline that is chosen now is recorded, and news, all the same."""
+    if measured is not None and measured.compress:
+        config = with_compress(config, measured.compress)
     pattern = registry.build(config.pattern, config.pattern_options)
-    return Resolved(
-        config, pattern, speed, f"{measured.compress} ({told}: {measured.why})" if measured.compress else ""
-    )
+    speed = LinkSpeed(measured.latency_s, measured.bytes_per_s) if measured and measured.bytes_per_s else None
+    facts = msgspec.structs.replace(facts, speed=speed)
+    news = None
+    if facts.pipeline is not None:
+        measured = measured or Measured(world=link.world, carrier=link.carrier)
+        pipeline = msgspec.structs.replace(facts.pipeline, speeds=measured.neighbours)
+        facts = pattern.settle(msgspec.structs.replace(facts, pipeline=pipeline), link.world, measured.pipeline)
+        assert facts.pipeline is not None
+        if facts.pipeline.settled != measured.pipeline:
+            measured = msgspec.structs.replace(measured, pipeline=facts.pipeline.settled)
+            news = msgspec.to_builtins(measured)
+    config = msgspec.structs.replace(config, measured=measured)
+    told = f"auto, {how}" if how else "auto"
+    choice = f"{measured.compress} ({told}: {measured.why})" if measured and measured.compress else ""
+    return Resolved(config, facts, pattern, speed, choice, news)
 
 
 def with_compress(config: Config, compress: str) -> Config:
@@ -203,7 +237,7 @@ def survey(config: Config, session: Session, observer: Observer, say: Callable[[
         config=config,
         facts=facts,
         carrier=carrier,
-        codecs=list(TABLE),
+        codecs=[NONE, *TABLE],
         pairs=pairs_of(config.workers, carrier),
         hosts=[len(ranks) for ranks in hosts],
         thorough=True,

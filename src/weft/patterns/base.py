@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 
 from weft.comm.link import WORLD
+from weft.config import Settled
+from weft.cost import LinkSpeed
 from weft.data.shards import Index
-from weft.plan import LinkPlan
+from weft.plan import LinkPlan, StepPlan
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +71,8 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
     parameters: list[str]  # those that are cut
     exchanged: int  # bytes that a step all-reduces, forward and backward, for one share
     exchanges: int
+    degree: int = 1  # workers over which they were cut
+    compute_s: float = 0.0  # of forward and backward on one of these, alone, for one share; 0: nobody asked
     activation_bytes: int  # on one worker, for one share
     left: dict[str, str] = {}  # large modules that stay whole, and why
 
@@ -109,7 +113,8 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
     made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share
-    cores: int = 1  # of the host that measured
+    speeds: dict[str, LinkSpeed] = {}  # measured, by the name of a channel
+    settled: Settled | None = None  # what was chosen; None: nothing yet
 
 
 def summed_up(names: Iterable[str]) -> str:
@@ -138,8 +143,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     optimizer: str = ""  # the class of the task's
     between_hosts: bool = False  # the workers stand on several
+    per_host: int = 0  # workers on the host that has the most; 0: nobody looked
+    cores: float = 1.0  # of a host, in such as a worker's threads take
     memory_left: int = 0  # bytes of this machine or container, before any worker starts; 0: nobody looked
     step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
+    optimizer_s: float = 0.0  # of that, in the optimizer
+    speed: LinkSpeed | None = None  # of the slowest way between two workers, if it was measured
     momentum: tuple[float, bool] | None = (
         None  # its first moment, if it could as well be taken beforehand (preflight.momentum_before)
     )
@@ -334,6 +343,21 @@ class Pattern(ABC):
         """Who is joined by a link of their own; the first is all workers."""
         running = sum(b.nbytes for b in facts.buffers if b.running)
         return [Group(WORLD, tuple(range(workers)), sum(facts.gradient_bytes.values()) + running)]
+
+    def neighbours(self, facts: Facts, config: Config) -> dict[str, list[tuple[int, int]]]:
+        """Pairs of workers, by the name of their channel, whose links it has to know the speed of before it can choose; none, where it would
+        choose the same whatever that is."""
+        return {}
+
+    def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
+        """With what it chose, once for all workers: ``kept``, if that is a choice of the same."""
+        return facts
+
+    def predict(
+        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str
+    ) -> StepPlan | None:
+        """How long a step takes; None: it does not say."""
+        return None
 
     def exchanges_per_step(self, facts: Facts, config: Config) -> float:
         """How often all workers exchange what they train."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from weft.cost import GIGABIT, UNMEASURED
+from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.errors import ConfigError
 from weft.patterns.base import Facts, PipelineFacts
-from weft.pipelines.channels import channel_order
-from weft.pipelines.choose import Ranked, best, rank_schedules, why
-from weft.pipelines.costs import Cost
+from weft.payoff import format_rate, format_size
+from weft.pipelines.channels import Channel, channel_order
+from weft.pipelines.choose import Ranked, best, in_words, rank_schedules, why
+from weft.pipelines.costs import Cost, by_stage
 from weft.pipelines.schedules import Program, find, names, program
+from weft.pipelines.simulate import Simulation, peak_activations, simulate
 
 AUTO = "auto"
 CHANNEL = "stage "  # how the names of its groups begin
+#: What a link may be, from the worst to the best: between processes of one host, and anywhere.
+IN_HOST = (LinkSpeed(1e-3, 3e8), UNMEASURED, LinkSpeed(10e-6, 1e10))
+WORTH = 0.05  # of a step: for less nobody has to measure
+ANYWHERE = (LinkSpeed(0.2, 1e5), LinkSpeed(1e-3, 1e7), GIGABIT, LinkSpeed(10e-6, 1e11))
 MICROBATCHES_PER_WORKER = 4  # where the user does not say: a bubble of a fifth at most
 
 SCHEDULE: dict[str, Any] = {"doc": f"{AUTO} (what is predicted to be quickest), or one of {', '.join(names())}"}
@@ -36,9 +45,9 @@ class Pipelined(NamedTuple):
 class Chosen(NamedTuple):
     program: Program
     stages: tuple[range, ...]  # items of each
-    why: str
-    ranked: Sequence[Ranked]
+    words: str  # the schedule's name, with what it leaves open
     activation_bytes: tuple[float, ...]  # at most at once, by place in the pipeline
+    why: str
 
     def stages_of(self, item: int) -> list[int]:
         return [k for k, items in enumerate(self.stages) if item in items]
@@ -88,18 +97,75 @@ def num_microbatches(asked: Pipelined, workers: int, share: int) -> int:
 
 
 def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
-    """``workers``: of a pipeline. ConfigError where nothing is possible."""
+    """``workers``: of a pipeline. What is settled stays; else it is chosen. ConfigError where nothing is possible."""
     assert facts.pipeline is not None
-    return _choose(Known(facts), asked, workers)
+    if (kept := facts.pipeline.settled) is not None:
+        schedule = find(kept.schedule)
+        lists = program(schedule, workers, facts.pipeline.microbatches, kept.stages_per_worker)
+        ends = itertools.accumulate(kept.items, initial=0)
+        stages = tuple(itertools.starmap(range, itertools.pairwise(ends)))
+        return Chosen(lists, stages, in_words(schedule, kept.stages_per_worker), _held(facts, lists, stages), kept.why)
+    known = Known(facts)
+    ranked = _rank(known, asked, workers)
+    one = _best(ranked)
+    lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank)
+    stages = one.partition.stages
+    return Chosen(lists, stages, one.words, _held(facts, lists, stages), "; ".join([_why(ranked), about_link(known)]))
+
+
+def _held(facts: Facts, lists: Program, stages: Sequence[range]) -> tuple[float, ...]:
+    return peak_activations(lists, by_stage(Known(facts).costs, stages))
+
+
+def _best(ranked: Sequence[Ranked]) -> Ranked:
+    """Where none fits the memory, what comes nearest to it: whether it really does not, is not for a prediction to say."""
+    return best(ranked) if any(one.fits for one in ranked) else min(ranked, key=lambda one: max(one.memory_bytes))
+
+
+def _why(ranked: Sequence[Ranked]) -> str:
+    one = _best(ranked)
+    if one.fits:
+        return why(ranked).removeprefix(f"{one.words}: ")
+    return f"of all the nearest to {format_size(one.allowed_bytes)} of memory a worker, with {format_size(max(one.memory_bytes))}"
+
+
+def about_link(known: Known) -> str:
+    rate = format_rate(min(speed.bytes_per_s for speed in known.measured.values() or [known.speed]))
+    return f"link {rate} {'measured' if known.measured else 'assumed'}"
+
+
+def goes_by_link(facts: Facts, asked: Pipelined, workers: int, far: bool) -> bool:
+    """Whether what is chosen for the assumed link would cost more than WORTH somewhere in the range of what the link may be. ``far``: it may be
+    anything, not only what links within a host are."""
+    assumed = _best(_rank(Known(facts, Known(facts).speed), asked, workers))
+    for speed in ANYWHERE if far else IN_HOST:
+        ranked = _rank(Known(facts, speed), asked, workers)
+        same = (assumed.schedule, assumed.stages_per_rank)
+        as_assumed = next(one for one in ranked if (one.schedule, one.stages_per_rank) == same)
+        if as_assumed.step_s > (1 + WORTH) * _best(ranked).step_s:
+            return True
+    return False
+
+
+def pairs_of(workers: int) -> list[tuple[int, int]]:
+    """Places of a pipeline that may talk to each other."""
+    return sorted({(k, k + 1) for k in range(workers - 1)} | {(0, workers - 1)})
+
+
+def pair_name(a: int, b: int) -> str:
+    return f"{min(a, b)}-{max(a, b)}"
 
 
 class Known:
-    """Facts, as a key of a cache: by what the choice depends on."""
+    """Facts, as a key of a cache: by what the choice depends on. ``speed``: of all links, in place of what is known of them."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, speed: LinkSpeed | None = None) -> None:
         assert facts.pipeline is not None
         self.pipeline: PipelineFacts = facts.pipeline
-        self.between_hosts = facts.between_hosts
+        self.measured = {} if speed else facts.pipeline.speeds
+        self.speed = speed or (GIGABIT if facts.between_hosts else UNMEASURED)
+        self.cores, self.per_host = facts.cores, facts.per_host
+        self.memory_bytes = facts.memory_left / max(1, facts.per_host) if facts.memory_left else math.inf
         ratio = 1 + 1 + facts.optimizer_bytes / max(1, sum(p.nbytes for p in facts.params if p.trainable))
         self.state = [0.0] * len(self.pipeline.items)
         for p in facts.params:
@@ -109,8 +175,33 @@ class Known:
             tuple(map(str, self.pipeline.items)),
             self.pipeline.microbatches,
             tuple(self.state),
-            self.between_hosts,
+            self.speed,
+            tuple(sorted(self.measured.items())),
+            (self.cores, self.per_host, self.memory_bytes),
         )
+
+    @property
+    def costs(self) -> list[Cost]:
+        return [
+            Cost(
+                forward_s=item.forward_s,
+                input_gradient_s=item.input_gradient_s,
+                weight_gradient_s=item.weight_gradient_s,
+                output_bytes=item.output_bytes,
+                activation_bytes=item.activation_bytes,
+                state_bytes=state,
+            )
+            for item, state in zip(self.pipeline.items, self.state, strict=True)
+        ]
+
+    def links(self, workers: int) -> LinkSpeed | Mapping[Channel, LinkSpeed]:
+        if not self.measured:
+            return self.speed
+        return {way: self.measured[pair_name(a, b)] for a, b in pairs_of(workers) for way in ((a, b), (b, a))}
+
+    def cores_of(self, workers: int) -> float:
+        """What one pipeline has: others may stand on the same hosts."""
+        return self.cores * workers / (self.per_host or workers)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -119,29 +210,30 @@ class Known:
         return isinstance(other, Known) and self._key == other._key
 
 
-@functools.lru_cache(maxsize=8)
-def _choose(known: Known, asked: Pipelined, workers: int) -> Chosen:
-    facts = known.pipeline
-    costs = [
-        Cost(
-            forward_s=item.forward_s,
-            input_gradient_s=item.input_gradient_s,
-            weight_gradient_s=item.weight_gradient_s,
-            output_bytes=item.output_bytes,
-            activation_bytes=item.activation_bytes,
-            state_bytes=state,
-        )
-        for item, state in zip(facts.items, known.state, strict=True)
-    ]
-    ranked = rank_schedules(
-        costs,
+@functools.lru_cache(maxsize=16)
+def _rank(known: Known, asked: Pipelined, workers: int) -> list[Ranked]:
+    return rank_schedules(
+        known.costs,
         workers,
-        facts.microbatches,
-        GIGABIT if known.between_hosts else UNMEASURED,
+        known.pipeline.microbatches,
+        known.links(workers),
         schedules=() if asked.schedule == AUTO else (asked.schedule,),
         stages_per_rank=(asked.per_worker,) if asked.per_worker else (1, 2),
-        cores=float("inf") if known.between_hosts else facts.cores,
+        memory_bytes=known.memory_bytes,
+        cores=known.cores_of(workers),
     )
-    chosen = best(ranked)
-    lists = program(chosen.schedule, workers, facts.microbatches, chosen.stages_per_rank)
-    return Chosen(lists, chosen.partition.stages, why(ranked), ranked, chosen.predicted.activation_bytes)
+
+
+def predicted(facts: Facts, chosen: Chosen, slower: float = 1.0) -> Simulation:
+    """``slower``: times that computing takes as long as was measured for the whole of each item."""
+    known, workers = Known(facts), chosen.program.ranks
+    costs = [
+        dataclasses.replace(
+            cost,
+            forward_s=slower * cost.forward_s,
+            input_gradient_s=slower * cost.input_gradient_s,
+            weight_gradient_s=slower * cost.weight_gradient_s,
+        )
+        for cost in by_stage(known.costs, chosen.stages)
+    ]
+    return simulate(chosen.program, costs, known.links(workers), cores=known.cores_of(workers))

@@ -6,20 +6,47 @@ in ``split_replica``.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import msgspec
+
 from weft.comm.link import WORLD
+from weft.config import Settled
 from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import Facts, Group, ParamFact, Pattern, Role, tail_numel
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
-from weft.patterns.pipelined import Chosen, Pipelined, channel_name, choose, num_microbatches, sent_bytes
+from weft.patterns.pipelined import (
+    AUTO,
+    Chosen,
+    Pipelined,
+    channel_name,
+    choose,
+    goes_by_link,
+    num_microbatches,
+    pair_name,
+    pairs_of,
+    predicted,
+    sent_bytes,
+)
+from weft.patterns.prediction import (
+    Other,
+    Traffic,
+    advice,
+    compute_s,
+    link_in_words,
+    on_host,
+    scaled,
+    step_parts,
+)
 from weft.pipelines.channels import channel_order
-from weft.plan import LinkPlan
+from weft.plan import LinkPlan, StepPlan
 from weft.update import ClipNorm
 
 if TYPE_CHECKING:
@@ -29,6 +56,9 @@ if TYPE_CHECKING:
     from weft.patterns.base import Context
     from weft.patterns.training import Exchange, Replica
     from weft.task import Task
+
+
+DEGREES = ("degree", "stages", "replicas", *AXES)  # options that count workers
 
 
 def summed_up_range(first: str, last: str) -> str:
@@ -76,6 +106,39 @@ class SplitPattern(Pattern):
         """Its pipeline, if it has one."""
         size = self.layout(workers).pipeline
         return choose(facts, self.pipelined, size) if size > 1 else None
+
+    def neighbours(self, facts: Facts, config: Config) -> dict[str, list[tuple[int, int]]]:
+        layout, asked = self.layout(config.workers), self.pipelined
+        far = facts.between_hosts or any(fault.get("step") is None for fault in config.faults)
+        if layout.pipeline == 1 or not goes_by_link(facts, asked, layout.pipeline, far):
+            return {}
+        rows = layout.groups(PIPELINE)
+        return {pair_name(a, b): [(row[a], row[b]) for row in rows] for a, b in pairs_of(layout.pipeline)}
+
+    def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
+        if facts.pipeline is None:
+            return facts
+        asked, open_facts = self.pipelined, facts.pipeline
+        of = (
+            f"{self.layout(workers)}, {len(open_facts.items)} parts, {open_facts.microbatches} micro-batches, schedule={asked.schedule}, "
+            f"stages_per_worker={asked.per_worker}"
+        )
+        if kept is None or kept.of != of:
+            chosen = choose(facts, asked, self.layout(workers).pipeline)
+            kept = Settled(
+                of=of,
+                schedule=chosen.program.schedule,
+                stages_per_worker=chosen.program.stages_per_rank,
+                items=[len(items) for items in chosen.stages],
+                why=chosen.why,
+            )
+        return msgspec.structs.replace(facts, pipeline=msgspec.structs.replace(open_facts, settled=kept))
+
+    def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
+        if (chosen := self.chosen(facts, config.workers)) is None:
+            return {}
+        how = "auto" if self.pipelined.schedule == AUTO else "asked for"
+        return {"schedule": f"{chosen.words} ({how}: {chosen.why})"}
 
     @property
     def clips(self) -> bool:
@@ -171,20 +234,19 @@ class SplitPattern(Pattern):
         if config.workers == 1:
             return []
         layout = self.layout(config.workers)
-        running = sum(b.nbytes for b in facts.buffers if b.running)
-        tail = 8 * tail_numel(config.workers, sum(p.trainable for p in facts.params)) + running
+        sent = self._traffic(facts, layout, bytes_for, carrier)
+        running = any(b.running for b in facts.buffers)
         dtypes = ", ".join(facts.gradient_bytes)
-        trained = [p for p in facts.params if p.trainable]
 
-        def plan(axis: str, members: str, nbytes: int, what: str) -> LinkPlan:
+        def plan(axis: str, members: str, what: str) -> LinkPlan:
             group = WORLD if getattr(layout, axis) == config.workers else axis
-            return LinkPlan(members=members, carrier=carrier, bytes_per_step=nbytes, what=what, group=group)
+            return LinkPlan(members=members, carrier=carrier, bytes_per_step=sent[axis].nbytes, what=what, group=group)
 
         plans = [
             LinkPlan(
                 members=f"{config.workers} workers",
                 carrier=carrier,
-                bytes_per_step=bytes_for(tail, config.workers),
+                bytes_per_step=sent[WORLD].nbytes,
                 what="weights, losses, stop flags" + (", running buffers" if running else ""),
             )
         ]
@@ -194,23 +256,14 @@ class SplitPattern(Pattern):
                 plan(
                     TENSOR,
                     f"{layout.tensor} workers that hold each tensor together",
-                    bytes_for(facts.tensor.exchanged, layout.tensor),
                     f"activations, forward and backward, in {facts.tensor.exchanges} exchanges",
                 )
             )
-        if (size := layout.sharded) > 1:
-            inside = self._held(facts, layout, facts.params, blocks=True) * size
-            rest = (
-                self._held(facts, layout, facts.params) * size - inside
-            )  # of no block: gathered once, kept until after backward
-            gathered = (2 if self.gathers_twice else 1) * inside + rest
-            reduced = self._held(facts, layout, trained) * size
+        if layout.sharded > 1:
             plans.append(
                 plan(
                     SHARDED,
-                    f"{size} workers that hold a model together",
-                    all_gather_bytes(carrier, gathered // size, size)
-                    + reduce_scatter_bytes(carrier, reduced, size, bytes_for),
+                    f"{layout.sharded} workers that hold a model together",
                     f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.gathers_twice else 'once'}; gradients",
                 )
             )
@@ -231,11 +284,97 @@ class SplitPattern(Pattern):
                 plan(
                     DATA,
                     f"{layout.data} workers that hold the same part",
-                    bytes_for(self._held(facts, layout, trained), layout.data),
                     f"gradients ({dtypes}) of that part",
                 )
             )
         return plans
+
+    def _traffic(
+        self, facts: Facts, layout: Layout, bytes_for: Callable[[int, int], int], carrier: str
+    ) -> dict[str, Traffic]:
+        """What one worker sends in a step, by axis, but for what stages send each other; of all workers: what they must agree on."""
+        trained = [p for p in facts.params if p.trainable]
+        running = sum(b.nbytes for b in facts.buffers if b.running)
+        sent = {WORLD: Traffic(bytes_for(8 * tail_numel(layout.world, len(trained)) + running, layout.world), 1)}
+        if layout.tensor > 1:
+            assert facts.tensor is not None
+            sent[TENSOR] = Traffic(bytes_for(facts.tensor.exchanged, layout.tensor), facts.tensor.exchanges)
+        if (size := layout.sharded) > 1:
+            times = 2 if self.gathers_twice else 1
+            inside = self._held(facts, layout, facts.params, blocks=True) * size
+            # of no block: gathered once, kept until after backward
+            rest = self._held(facts, layout, facts.params) * size - inside
+            gathered, reduced = times * inside + rest, self._held(facts, layout, trained) * size
+            nbytes = all_gather_bytes(carrier, gathered // size, size) + reduce_scatter_bytes(
+                carrier, reduced, size, bytes_for
+            )
+            sent[SHARDED] = Traffic(nbytes, (times + 1) * len(facts.blocks) + 2)
+        if layout.data > 1:
+            sent[DATA] = Traffic(bytes_for(self._held(facts, layout, trained), layout.data), 1)
+        return sent
+
+    # -- how long it takes
+
+    def predict(
+        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str
+    ) -> StepPlan | None:
+        if not facts.step_s:
+            return None
+        layout = self.layout(config.workers)
+
+        def seconds(facts: Facts, pattern: SplitPattern, layout: Layout) -> dict[str, float]:
+            sent = pattern._traffic(facts, layout, bytes_for, carrier) if layout.world > 1 else {}
+            if layout.pipeline == 1:
+                return step_parts(facts, layout, sent, None, pattern._stepped(facts, layout, None))
+            chosen = choose(facts, pattern.pipelined, layout.pipeline)
+            flow = predicted(facts, chosen, slower=compute_s(facts, layout.tensor) / compute_s(facts, 1))
+            return step_parts(facts, layout, sent, flow, pattern._stepped(facts, layout, chosen))
+
+        def other(pattern: SplitPattern, workers: int, who: str, use: str) -> Other:
+            there = pattern.layout(workers)
+            known = scaled(facts, layout.shares / there.shares)
+            takes_s = sum(seconds(known, pattern, there).values())
+            memory = sum(pattern.memory(known, workers, carrier).values())
+            left, activations = facts.memory_left, pattern.memory(known, workers, carrier)["activations"]
+            if workers == 1 and left and memory > left > memory - activations:
+                pieces = math.ceil(activations / (left - memory + activations))
+                use, memory = f"{use} -o accumulate={pieces}", memory - activations + activations // pieces
+            return Other(who, use, takes_s, memory * on_host(facts, workers))
+
+        own = seconds(facts, self, layout)
+        copies = Copies(accumulate=self.accumulate)
+        fewer = [other(copies, 1, "one worker alone", "--pattern allreduce --workers 1")]
+        for pattern, workers, use in self._halves(config.workers):
+            fewer.append(other(pattern, workers, f"a half of them ({pattern.layout(workers)})", use))
+        whole = f"--pattern allreduce --workers {config.workers}"
+        replicas = other(copies, config.workers, "as many copies", whole)
+        words = advice(facts, sum(own.values()), fewer, replicas) if config.workers > 1 else ""
+        return StepPlan(seconds=own, link=link_in_words(facts), advice=words)
+
+    def _halves(self, workers: int) -> Iterator[tuple[SplitPattern, int, str]]:
+        """The same with half of the workers on one of its axes, more than one of them, and how to ask for it."""
+        if workers % 2 or workers < 4:
+            return
+        changes = [{}, *({name: n // 2} for name, n in vars(self).items() if name in DEGREES and n and n % 2 == 0)]
+        for change in changes:
+            with contextlib.suppress(ConfigError):
+                pattern = dataclasses.replace(self, **change)
+                pattern.layout(workers // 2)
+                options = "".join(f" -o {name}={n}" for name, n in change.items())
+                yield pattern, workers // 2, f"--workers {workers // 2}{options}"
+
+    def _stepped(self, facts: Facts, layout: Layout, chosen: Chosen | None) -> float:
+        """The part of what is trained that the busiest worker steps."""
+        trained = [p for p in facts.params if p.trainable]
+        rows = [trained]
+        if chosen is not None:
+            assert facts.pipeline is not None
+            uses = facts.pipeline.uses
+            rows = [
+                [p for p in trained if place in {chosen.worker_of(item) for item in uses[p.name]}]
+                for place in range(layout.pipeline)
+            ]
+        return max(self._held(facts, layout, row) for row in rows) / sum(p.nbytes for p in trained)
 
     def _held(self, facts: Facts, layout: Layout, params: Sequence[ParamFact], blocks: bool = False) -> int:
         """Bytes of ``params`` that lie on one worker: on average, where parts are uneven. ``blocks``: of those within blocks alone."""
@@ -292,7 +431,7 @@ class SplitPattern(Pattern):
                 between = summed_up_range(items[of.start].name, items[of.stop - 1].name)
                 result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {between}")
             result.append(
-                f"{chosen.why}; {facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples"
+                f"{facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples flow through the stages"
             )
         if facts.tensor:
             result += facts.tensor.in_words()
@@ -333,3 +472,15 @@ class SplitPattern(Pattern):
 
         assert isinstance(replica, SplitReplica)
         return SplitMean(replica)
+
+
+@dataclass(frozen=True)
+class Copies(SplitPattern):
+    """A whole model on each worker, to compare with."""
+
+    name: ClassVar[str] = "copies"
+    summary: ClassVar[str] = ""
+    answers: ClassVar[dict[str, str]] = {}
+
+    def layout(self, workers: int) -> Layout:
+        return Layout(data=workers)

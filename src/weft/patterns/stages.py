@@ -11,7 +11,6 @@ block, with the loss.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -253,10 +252,7 @@ def learn(
         cuts.undo()
         for n, p in model.named_parameters():
             p.grad = before[n]
-    cores = len(os.sched_getaffinity(0))
-    return PipelineFacts(
-        items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches, cores=cores
-    )
+    return PipelineFacts(items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches)
 
 
 def profile(

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -44,6 +46,7 @@ ROW: Final = "row"
 EMBEDDING: Final = "embedding"
 HEAD: Final = "head"
 KINDS: dict[str, type[nn.Module]] = {COLUMN: nn.Linear, ROW: nn.Linear, EMBEDDING: nn.Embedding, HEAD: nn.Linear}
+REPEATS = 2
 FUSED = (1, 2, 3)  # projections that one Linear may hold: up and gate, query and key and value
 
 
@@ -152,7 +155,7 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
     left: dict[str, str] = {}
     if asked := task.tensor_plan(model):
         styles = check_plan(task, model, asked, degree)
-        return rehearse(task, model, batch, styles, degree, left)
+        return rehearse(task, model, batch, styles, degree, left, timed=True)
     calls = observe(task, model, batch)
     pairs = find_pairs(calls)
     styles = {}
@@ -178,12 +181,12 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
         )
     if ends:
         try:
-            facts = rehearse(task, model, batch, styles | ends, degree, left)
+            facts = rehearse(task, model, batch, styles | ends, degree, left, timed=True)
         except WeftError:
             raise
         except Exception as error:  # whatever DTensor makes of a user's loss
             left |= {name: f"the loss does not compute with its part: {one_line(error)}" for name in ends}
-    return facts or rehearse(task, model, batch, styles, degree, left)
+    return facts or rehearse(task, model, batch, styles, degree, left, timed=True)
 
 
 def without_numbers(name: str) -> str:
@@ -347,11 +350,16 @@ class Rehearsal(SoloLink):
 
 
 def rehearse(
-    task: Task, model: nn.Module, batch: Any, styles: Mapping[str, str], degree: int, left: Mapping[str, str]
+    task: Task,
+    model: nn.Module,
+    batch: Any,
+    styles: Mapping[str, str],
+    degree: int,
+    left: Mapping[str, str],
+    timed: bool = False,
 ) -> TensorFacts:
     """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut."""
     model = copy.deepcopy(model).train()
-    model.zero_grad(set_to_none=True)
     link = Rehearsal(degree)
     with process_groups(link):
         cut(model, styles, init_device_mesh("cpu", (degree,), mesh_dim_names=("tensor",)))
@@ -369,18 +377,31 @@ def rehearse(
         )
         saved = SavedBytes(model)
         link.calls = link.nbytes = 0
-        with computing(facts):
-            with saved:
-                loss = task.loss(model, batch)
-            loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
-            if loss.dim():
-                raise CommError(f"the loss has shape {tuple(loss.shape)}")
-            loss.backward()
+
+        def step(watch: AbstractContextManager[Any]) -> None:
+            model.zero_grad(set_to_none=True)
+            with computing(facts):
+                with watch:
+                    loss = task.loss(model, batch)
+                loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
+                if loss.dim():
+                    raise CommError(f"the loss has shape {tuple(loss.shape)}")
+                loss.backward()
+
+        step(saved)
+        exchanged, exchanges = link.nbytes, link.calls
+        compute_s = math.inf
+        for _ in range(REPEATS if timed else 0):
+            begin = time.perf_counter()
+            step(nullcontext())
+            compute_s = min(compute_s, time.perf_counter() - begin)
     return TensorFacts(
         styles=facts.styles,
         parameters=facts.parameters,
-        exchanged=link.nbytes,
-        exchanges=link.calls,
+        exchanged=exchanged,
+        exchanges=exchanges,
+        degree=degree,
+        compute_s=compute_s if timed else 0.0,
         activation_bytes=saved.total,
         left=facts.left,
     )

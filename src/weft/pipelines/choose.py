@@ -42,15 +42,18 @@ class Ranked:
     @property
     def words(self) -> str:
         """The name, with the stages on each rank where the schedule leaves them open."""
-        is_open = self.schedule.most_stages != self.schedule.least_stages
-        return self.schedule.name + (
-            f" with {self.stages_per_rank} stages a rank".replace(" 1 stages", " 1 stage") if is_open else ""
-        )
+        return in_words(self.schedule, self.stages_per_rank)
 
     @property
     def simplicity(self) -> tuple[bool, int, int]:
         """The less, the simpler: the backward whole, few stages on a rank, then as in SCHEDULES."""
         return self.schedule.splits_backward, self.stages_per_rank, SCHEDULES.index(self.schedule)
+
+
+def in_words(schedule: Schedule, stages_per_rank: int) -> str:
+    if schedule.most_stages == schedule.least_stages:
+        return schedule.name
+    return f"{schedule.name} with {stages_per_rank} stage{'s' * (stages_per_rank != 1)} a rank"
 
 
 def rank_schedules(

@@ -24,6 +24,16 @@ class LinkPlan(msgspec.Struct, frozen=True, kw_only=True):
     group: str = "world"  # whose link it is
 
 
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    seconds: dict[str, float]  # predicted, by what they go into
+    link: str  # "link 16 Gbit/s assumed"
+    advice: str = ""  # where fewer workers would be quicker
+
+    @property
+    def whole_s(self) -> float:
+        return sum(self.seconds.values())
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     task: str
     pattern: str
@@ -41,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     members: list[MemberPlan]
     links: list[LinkPlan]
+    step: StepPlan | None = None  # of a pattern that predicts it
     checkpoints: str  # "every 100 steps, the last 3 are kept"
     choices: dict[str, str] = msgspec.field(default_factory=dict)  # what `auto` became, and why
     notes: list[str] = msgspec.field(default_factory=list)  # policies that apply to this model

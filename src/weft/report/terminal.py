@@ -75,7 +75,7 @@ def render_plan(plan: Plan) -> RenderableType:
         Text(),
         Facts(plan.answers.items()),
         Text(),
-        Facts([*_member_facts(plan), *_link_facts(plan), *_memory_facts(plan)]),
+        Facts([*_member_facts(plan), *_link_facts(plan), *_memory_facts(plan), *_step_facts(plan)]),
         Text(),
         Facts(training),
     )
@@ -113,6 +113,14 @@ def _memory_facts(plan: Plan) -> list[tuple[str, Text]]:
         parts = " + ".join(f"{purpose} {format_bytes(n)}" for purpose, n in memory if n)
         rows.append(("memory", Text.assemble((format_bytes(sum(n for _, n in memory)), "bold"), f" {who}: {parts}")))
     return rows
+
+
+def _step_facts(plan: Plan) -> list[tuple[str, Text]]:
+    if plan.step is None:
+        return []
+    parts = " + ".join(f"{what} {format_seconds(seconds)}" for what, seconds in plan.step.seconds.items() if seconds)
+    predicted = (format_seconds(plan.step.whole_s), "bold")
+    return [("step", Text.assemble(predicted, f" predicted: {parts} ({plan.step.link})"))]
 
 
 # -------------------------------------------------------------------------------------------------------- live view
