@@ -105,11 +105,7 @@ def time_steps(
     steps: int,
     first_step_at: list[float],
 ) -> float:
-    """Seconds per step over ``steps`` steps after ``warmup``: the median of stretches of about STRETCH_S."""
-    marks: list[tuple[float, int]] = []
-    for step in range(warmup + steps):
-        if step >= warmup and (not marks or time.perf_counter() - marks[-1][0] >= STRETCH_S):
-            marks.append((time.perf_counter(), step))
+    def step() -> None:
         optimizer.zero_grad()
         backward(task.loss(model, next(batches)))
         optimizer.step()
@@ -117,6 +113,17 @@ def time_steps(
             schedule.step()
         if not first_step_at:
             first_step_at.append(time.time())
+
+    return seconds_per_step(step, warmup, steps)
+
+
+def seconds_per_step(step: Callable[[], None], warmup: int, steps: int) -> float:
+    """Over ``steps`` calls after ``warmup``: the median of stretches of about STRETCH_S."""
+    marks: list[tuple[float, int]] = []
+    for number in range(warmup + steps):
+        if number >= warmup and (not marks or time.perf_counter() - marks[-1][0] >= STRETCH_S):
+            marks.append((time.perf_counter(), number))
+        step()
     marks.append((time.perf_counter(), warmup + steps))
     return statistics.median((b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks))
 
