@@ -36,6 +36,7 @@ bench: $(READY)
 	$(BIN)/python bench/reporting.py --save
 	$(BIN)/python bench/local_sgd.py --save
 	$(BIN)/python bench/codecs.py --save
+	$(BIN)/python bench/split.py --save
 
 # Runs (runs/) are the user's: they stay.
 clean:
