@@ -349,8 +349,12 @@ class Pattern(ABC):
         choose the same whatever that is."""
         return {}
 
+    def settles(self, facts: Facts, workers: int) -> str:
+        """What it chooses once for all workers, for as long as this stays the same; empty: nothing."""
+        return ""
+
     def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
-        """With what it chose, once for all workers: ``kept``, if that is a choice of the same."""
+        """With what it chose: ``kept``, or, of None, what is best by these facts."""
         return facts
 
     def predict(
