@@ -112,9 +112,16 @@ def resolve(
     known = config.measured
     asked = config.pattern_options.get("compress") == AUTO or (known is not None and known.compress != "")
     between = len(link.hosts) > 1 and config.collective == AUTO  # whose choice depends on the way between hosts
+    settled = known.pipeline if known is not None else None
+    if settled is not None and settled.of != pattern.settles(facts, config.workers):
+        settled = None  # of another layout
     here = known if known is not None and (known.world, known.carrier) == (link.world, link.carrier) else None
-    if here is not None and here.pipeline and here.pipeline.of == pattern.settles(facts, config.workers):
+    if here is not None and settled is not None:
         return _settled(config, facts, link, here, "as recorded")
+    if settled is not None and pattern.keeps(
+        config.workers
+    ):  # over another carrier: what is held back is of these cuts
+        return _settled(config, facts, link, Measured(world=link.world, carrier=link.carrier, pipeline=settled))
     neighbours = pattern.neighbours(facts, config)
     if here is not None and not neighbours:
         here = msgspec.structs.replace(here, pipeline=None, neighbours={})  # in another layout places were others

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from weft.codecs.spec import NONE
 from weft.errors import Incompatible
 from weft.patterns.layout import AXES, Layout
 from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
-from weft.patterns.split import SplitPattern
+from weft.patterns.split import COMPRESS, SplitPattern
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class Mesh(SplitPattern):
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
 
+    compress: str = field(default=NONE, metadata=COMPRESS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for axis in AXES:
             self._at_least_one(axis, "nothing on this axis")
+        self._check_codec(self.compress, "data", self.data)
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined != Pipelined():
@@ -57,6 +61,10 @@ class Mesh(SplitPattern):
                 f"pipeline={self.pipeline} with sharded={self.sharded}: a stage's blocks would be gathered anew for each micro-batch. Use data= beside "
                 "pipeline=, or sharded= with tensor=."
             )
+
+    @property
+    def codec(self) -> str:
+        return self.compress
 
     @property
     def pipelined(self) -> Pipelined:
