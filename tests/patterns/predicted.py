@@ -17,10 +17,12 @@ def facts_of(
     microbatches: int = 0,
     output_bytes: int = MB,
     activation_bytes: int = 160 * MB,
+    per_host: int = 4,
     **changes: Any,
 ) -> Facts:
     """Eight blocks of a matrix of 10 MB each, AdamW. ``share_s``: forward and backward of a share by one worker; ``tensor``: over so many workers
-    the matrices were cut; ``microbatches``: so many of a share."""
+    the matrices were cut; ``microbatches``: so many of a share;
+    ``per_host``: of eight workers."""
     params = [
         ParamFact(f"blocks.{k}.weight", (1024, 2560), "float32", 10 * MB, trainable=True, sparse=False)
         for k in range(NUM_BLOCKS)
@@ -50,7 +52,7 @@ def facts_of(
         "device": "cpu",
         "blocks": {f"blocks.{k}": 10 * MB for k in range(NUM_BLOCKS)},
         "cores": 8.0,
-        "per_host": 4,
+        "hosts": [list(range(k, k + per_host)) for k in range(0, 8, per_host)],
         "step_s": share_s + 0.1,
         "optimizer_s": 0.1,
     }

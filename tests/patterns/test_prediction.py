@@ -122,6 +122,16 @@ def test_tensor_within_hosts_does_not_go_by_the_link_between_them() -> None:
     assert across.seconds["exchanging"] - inside.seconds["exchanging"] == pytest.approx(saved)
 
 
+@pytest.mark.parametrize("pattern", [Tensor(), Mesh(data=2, tensor=2)])
+def test_tensor_across_hosts_is_said_in_the_plan(pattern: SplitPattern) -> None:
+    workers = pattern.layout(2 if pattern.name == "tensor" else 4).world
+    config = config_of(pattern, workers)
+    across = facts_of(tensor=2, between_hosts=True, per_host=1)
+    assert any("tensor=2 goes across hosts (workers 0 and 1" in note for note in pattern.notes(across, config))
+    inside = facts_of(tensor=2, between_hosts=True, per_host=2)
+    assert not any("across" in note for note in pattern.notes(inside, config))
+
+
 def test_who_was_not_measured_predicts_nothing() -> None:
     facts = facts_of(step_s=0.0)
     assert Sharded().predict(facts, config_of(Sharded(), 2), ring, "shm") is None

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.patterns.base import Facts
-from weft.patterns.layout import SHARDED, TENSOR, Layout
+from weft.patterns.layout import AXES, Layout
 from weft.payoff import format_rate, format_size, format_time
 from weft.pipelines.simulate import Simulation
 
@@ -92,11 +92,11 @@ def activation_bytes(facts: Facts, tensor: int) -> float:
 
 
 def speed_on(facts: Facts, layout: Layout, axis: str) -> LinkSpeed:
-    """Of the links along ``axis``, or of all workers: as measured; else as is assumed within hosts, which hold the innermost axes, or between them."""
+    """Of the links along ``axis``, or of all workers: as measured; else as is assumed within hosts, or between them."""
     if not facts.between_hosts:
         return facts.speed or UNMEASURED
-    inner = {TENSOR: layout.tensor, SHARDED: layout.tensor * layout.sharded}.get(axis, layout.world)
-    return UNMEASURED if inner <= facts.per_host else facts.speed or GIGABIT
+    crosses = axis not in AXES or layout.crossing(axis, facts.hosts)
+    return facts.speed or GIGABIT if crosses else UNMEASURED
 
 
 def step_parts(

@@ -541,6 +541,12 @@ class SplitPattern(Pattern):
             )
         if facts.tensor:
             result += facts.tensor.in_words()
+        if across := layout.crossing(TENSOR, facts.hosts):
+            workers = " and ".join(str(rank) for rank in across[0])
+            result.append(
+                f"tensor={layout.tensor} goes across hosts (workers {workers} stand on several): each block waits for the network; take a degree "
+                "that divides the workers of every host"
+            )
         if layout.sharded > 1 and facts.blocks:
             names = list(facts.blocks)
             shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
