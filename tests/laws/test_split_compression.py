@@ -23,6 +23,7 @@ from weft.config import RunFolder
 from weft.errors import ConfigError, Incompatible, MemberFailed, WeftError
 from weft.events import read_events
 from weft.patterns.base import Pattern
+from weft.patterns.copies import held_by_several
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipelined import choose
 from weft.patterns.sharded import Sharded
@@ -197,7 +198,7 @@ def test_what_several_workers_hold_alike_travels_whole() -> None:
     ):
         layout = pattern.layout(8 if len(several) == 2 else 4)
         chosen = choose(facts, pattern.pipelined, 2) if layout.pipeline > 1 else None
-        assert pattern.held_by_several(facts, layout, chosen) == several
+        assert held_by_several(facts, layout, chosen) == several
 
 
 # -- refusals

@@ -181,6 +181,17 @@ def test_over_another_carrier_it_is_chosen_anew(monkeypatch: pytest.MonkeyPatch)
     assert (taken(was)[0], taken(now)[0]) == (SCHEDULES[QUICK], SCHEDULES[SLOW])
 
 
+def test_but_what_a_codec_holds_back_is_of_these_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, options = facts_of(microbatches=8), {"data": 2, "pipeline": 2, "compress": "int8"}
+    was = resolved(monkeypatch, config_of(4, "mesh", **options), facts, Measuring(QUICK))
+    measuring = Measuring(SLOW)
+    now = resolved(monkeypatch, was.config, facts, measuring, carrier="gloo")
+    assert taken(now) == taken(was)
+    assert not measuring.orders
+    again = resolved(monkeypatch, now.config, facts, measuring, carrier="gloo")
+    assert taken(again) == taken(was)
+
+
 def test_where_nothing_has_to_be_measured_another_layout_forgets_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = facts_of(microbatches=8)
     was = resolved(monkeypatch, config_of(4, "mesh", pipeline=4), facts, Measuring(QUICK))

@@ -118,9 +118,8 @@ def resolve(
     here = known if known is not None and (known.world, known.carrier) == (link.world, link.carrier) else None
     if here is not None and settled is not None:
         return _settled(config, facts, link, here, "as recorded")
-    if settled is not None and pattern.keeps(
-        config.workers
-    ):  # over another carrier: what is held back is of these cuts
+    if settled is not None and pattern.keeps(config.workers):
+        # also over another carrier: what is held back is of these cuts
         return _settled(config, facts, link, Measured(world=link.world, carrier=link.carrier, pipeline=settled))
     neighbours = pattern.neighbours(facts, config)
     if here is not None and not neighbours:

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from weft.codecs.spec import NONE
 from weft.errors import Incompatible
+from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import AXES, Layout
 from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
-from weft.patterns.split import COMPRESS, SplitPattern
+from weft.patterns.split import SplitPattern
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Mesh(SplitPattern):
         super().__post_init__()
         for axis in AXES:
             self._at_least_one(axis, "nothing on this axis")
-        self._check_codec(self.compress, "data", self.data)
+        check_codec(self.compress, "data", self.data)
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined != Pipelined():

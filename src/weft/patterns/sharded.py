@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from weft.codecs.spec import NONE
 from weft.errors import ConfigError
+from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import Layout
-from weft.patterns.split import COMPRESS, SplitPattern
+from weft.patterns.split import SplitPattern
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sharded(SplitPattern):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_one("replicas", "one copy of the model")
-        self._check_codec(self.compress, "replicas", self.replicas)
+        check_codec(self.compress, "replicas", self.replicas)
 
     def layout(self, workers: int) -> Layout:
         if workers % self.replicas:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from weft.codecs.spec import NONE, is_compressed, parse, usages
+from weft.codecs.spec import NONE, is_compressed, parse
 from weft.comm.link import WORLD
 from weft.config import Settled
 from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import HELD_BACK, Facts, Group, Kept, ParamFact, Pattern, Role, summed_up, tail_numel
-from weft.patterns.compression_plan import CompressionPlan
+from weft.patterns.copies import compression, held_by_several, held_part
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
 from weft.patterns.pipelined import (
     AUTO,
@@ -61,9 +61,6 @@ if TYPE_CHECKING:
     from weft.task import Task
 
 
-COMPRESS: dict[str, Any] = {
-    "doc": "fewer bytes for the gradients that copies exchange: none, " + ", ".join(usages(of_gradients=False))
-}
 DEGREES = ("degree", "stages", "replicas", *AXES)  # options that count workers
 
 
@@ -112,24 +109,6 @@ class SplitPattern(Pattern):
     def codec(self) -> str:
         """By which copies of a part exchange its gradients."""
         return NONE
-
-    @staticmethod
-    def _check_codec(compress: str, copies: str, number: int) -> None:
-        """``copies``: the option that says how many there are."""
-        if compress == AUTO:
-            raise Incompatible(
-                "compress=auto asks what pays on the link of all workers, and here copies of each part exchange on links of their own: choose a "
-                f"codec ({', '.join(usages(of_gradients=False))}), or leave it out."
-            )
-        if compress != NONE and number == 1:
-            raise Incompatible(
-                f"compress={compress} is for what copies of the model exchange, and there is one: use {copies}=2 or more, or compress=none."
-            )
-        if compress != NONE and parse(compress).choice.needs_momentum:
-            raise Incompatible(
-                f"compress={compress} takes the momentum over from the optimizer, and here each worker's optimizer keeps that of its part: use "
-                "topk:RATIO, which leaves it there."
-            )
 
     def chosen(self, facts: Facts, workers: int) -> Chosen | None:
         """Its pipeline, if it has one."""
@@ -192,40 +171,6 @@ class SplitPattern(Pattern):
             return []
         of = f"{self.codec} of gradients over {self.layout(workers)}, {self.pipelined}"
         return [Kept(HELD_BACK, of, parse(self.codec).dropped("gradients"))]
-
-    @staticmethod
-    def held_by_several(facts: Facts, layout: Layout, chosen: Chosen | None) -> set[str]:
-        """Parameters that more than one worker of a copy of the model holds alike. Each would compress them beside others, and they would
-        part: they travel whole."""
-        cut, tied = facts.tensor.parameters if facts.tensor else (), set[str]()
-        if chosen is not None:
-            assert facts.pipeline is not None
-            tied = {p.name for p in facts.params if len(chosen.workers_of(facts.pipeline.uses[p.name])) > 1}
-        return tied | {p.name for p in facts.params if layout.tensor > 1 and p.name not in cut}
-
-    def _compression(
-        self, facts: Facts, layout: Layout, chosen: Chosen | None, here: Sequence[ParamFact]
-    ) -> CompressionPlan:
-        """Of those ``here`` that a worker compresses, of each its part."""
-        several = self.held_by_several(facts, layout, chosen)
-        parts = [self._part(facts, layout, p) for p in here if p.trainable and p.name not in several]
-        stays = "each worker's keeps that of its part"
-        return CompressionPlan(
-            self.codec, msgspec.structs.replace(facts, params=parts, momentum=None, momentum_stays=stays)
-        )
-
-    @staticmethod
-    def _part(facts: Facts, layout: Layout, p: ParamFact) -> ParamFact:
-        """What one worker holds of it; where parts are uneven, the largest."""
-        shape = list(p.shape)
-        if facts.tensor and layout.tensor > 1 and p.name in facts.tensor.parameters:
-            by_row = facts.tensor.styles.get(p.name.rpartition(".")[0]) == "row"
-            dim = 1 if by_row and len(shape) > 1 else 0
-            shape[dim] = -(-shape[dim] // layout.tensor)
-        if layout.sharded > 1 and shape:
-            shape[0] = -(-shape[0] // layout.sharded)
-        nbytes = p.nbytes * math.prod(shape) // max(1, math.prod(p.shape))
-        return msgspec.structs.replace(p, shape=tuple(shape), nbytes=nbytes)
 
     def roles(self, workers: int) -> tuple[Role, ...]:
         does = "holds its part of the model, trains on its share of each batch"
@@ -385,9 +330,9 @@ class SplitPattern(Pattern):
         trained = [p for p in here if p.trainable]
         if self.codec == NONE:
             return Traffic(bytes_for(self._held(facts, layout, trained), layout.data), 1)
-        several = self.held_by_several(facts, layout, chosen)
+        several = held_by_several(facts, layout, chosen)
         beside = self._held(facts, layout, [p for p in trained if p.name in several])
-        compressed = self._compression(facts, layout, chosen, here)
+        compressed = compression(self.codec, facts, layout, chosen, here)
         return Traffic(compressed.bytes_sent(beside, layout.data, bytes_for, carrier, steps), 1)
 
     def _traffic(
@@ -507,7 +452,7 @@ class SplitPattern(Pattern):
             trained = self._held(facts, layout, [p for p in here if p.trainable])
             activations = activation_bytes(facts, layout.tensor) if chosen is None else chosen.activation_bytes[place]
             compresses = self.codec != NONE and layout.data > 1
-            kept = self._compression(facts, layout, chosen, here).kept_bytes() if compresses else 0
+            kept = compression(self.codec, facts, layout, chosen, here).kept_bytes() if compresses else 0
             return ({"error feedback": kept} if compresses else {}) | {
                 "parameters": held,
                 "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
@@ -562,9 +507,9 @@ class SplitPattern(Pattern):
                 else "the model is made block by block: no worker ever holds the whole"
             )
         if self.codec != NONE:
-            result += self._compression(facts, layout, chosen, facts.params).notes(layout.data)
-            large = {p.name for p in facts.params if is_compressed(self._part(facts, layout, p).shape)}
-            if several := sorted(large & self.held_by_several(facts, layout, chosen)):
+            result += compression(self.codec, facts, layout, chosen, facts.params).notes(layout.data)
+            large = {p.name for p in facts.params if is_compressed(held_part(facts, layout, p).shape)}
+            if several := sorted(large & held_by_several(facts, layout, chosen)):
                 result.append(
                     f"compress={self.codec} leaves whole what several workers hold alike: {summed_up(several)}"
                 )

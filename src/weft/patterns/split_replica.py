@@ -31,6 +31,7 @@ from weft.data.sampler import Draw
 from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.compression import STATE, CompressedArena, make_arena
+from weft.patterns.copies import held_by_several
 from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
@@ -350,7 +351,7 @@ class SplitMean(JoinedMean):
     def _make_arena(self) -> Arena:
         replica = self.replica
         held = {n: local(p.detach()) for n, p in replica.params.items()} if self.copies.world > 1 else {}
-        whole = replica.pattern.held_by_several(replica.ctx.facts, replica.layout, replica.chosen)
+        whole = held_by_several(replica.ctx.facts, replica.layout, replica.chosen)
         steps = replica.ctx.total_steps
         return make_arena(cast(Any, held), self.copies, self.compress, seed=replica.seed, steps=steps, whole=whole)
 
