@@ -14,13 +14,16 @@ from torch import nn
 
 import weft
 from weft.compare import final_parameters
-from weft.errors import ConfigError, Incompatible, TaskError
+from weft.config import RunFolder
+from weft.errors import ConfigError, Incompatible, MemberFailed, TaskError
+from weft.events import read_events
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
 from weft.pipelines.schedules import names
 from weft.tasks.codelm import CodeLM
 from weft.tasks.digits import Digits
+from weft.testing import kill, throttle
 
 STEPS = 5
 EQUAL = 1e-9
@@ -118,6 +121,25 @@ def test_the_last_batch_of_an_epoch_is_smaller(tmp_path: Path) -> None:
     """211 = 8 x 26 + 3 examples, in four micro-batches."""
     truth = train_plainly(Masked(), steps=10, batch=26, run_seed=3)
     assert distance(train(tmp_path / "run", Masked(), Pipeline(microbatches=4), 2, batch=26, steps=10), truth) <= EQUAL
+
+
+@pytest.mark.slow
+def test_the_schedule_follows_a_slow_link_and_a_stopped_run_goes_on_by_it(tmp_path: Path) -> None:
+    """When it is resumed the link is quick: who measured or chose again would choose another."""
+    job: dict[str, Any] = {"batch": 200, "steps": 6, "save_every": 2, "link": "tcp"}
+    slow = [throttle(rank, 2_000_000) for rank in range(2)]
+    with pytest.raises(MemberFailed):
+        train(tmp_path / "run", Masked("adamw"), Pipeline(), 2, **job, faults=[*slow, kill(rank=1, step=4)])
+    before = RunFolder(tmp_path / "run").config().measured
+    assert before is not None
+    assert before.pipeline is not None
+    assert before.neighbours["0-1"].bytes_per_s < 1e7
+    assert "measured" in before.pipeline.why
+    assert weft.resume(tmp_path / "run", task=Masked("adamw")).steps == 6
+    assert RunFolder(tmp_path / "run").config().measured == before
+    assert [e.kind for e in read_events(tmp_path / "run" / "events.jsonl")].count("measured") == 1
+    truth = train_plainly(Masked("adamw"), steps=6, batch=200, run_seed=3)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL
 
 
 # -- what is refused, before step 1

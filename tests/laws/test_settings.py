@@ -73,10 +73,19 @@ PATTERN_CHANGES = {
         "compress": "int8",
         "within": {"clip_norm": "0.01"},
     },
-    "sharded": {"replicas": 2, "reshard": "false", **SPLIT},
+    "sharded": {"replicas": 2, "reshard": "false", "compress": "int8", **SPLIT},
     "tensor": {"degree": 3, **SPLIT},
     "pipeline": {"stages": 3, **PIPELINED, **SPLIT, "accumulate": 2},
-    "mesh": {"data": 2, "sharded": 4, "tensor": 2, "pipeline": 2, "reshard": "false", **PIPELINED, **SPLIT},
+    "mesh": {
+        "data": 2,
+        "sharded": 4,
+        "tensor": 2,
+        "pipeline": 2,
+        "reshard": "false",
+        "compress": "int8",
+        **PIPELINED,
+        **SPLIT,
+    },
 }
 #: What a pattern needs so that it can run for BASE's few steps.
 PATTERN_BASE: dict[str, dict[str, Any]] = {

@@ -41,6 +41,20 @@ def test_who_talk_most_stand_side_by_side() -> None:
     assert layout.groups("data") == [(0, 2), (1, 3)]
 
 
+@given(layouts, st.integers(1, 8))
+def test_the_innermost_axis_stays_inside_hosts_that_it_divides(layout: Layout, times: int) -> None:
+    size = times * layout.tensor
+    hosts = [range(k, k + size) for k in range(0, layout.world, size)]
+    assert layout.crossing("tensor", hosts) == []
+
+
+def test_groups_that_stand_on_several_hosts_are_found() -> None:
+    layout = Layout(data=3, tensor=2)
+    assert layout.crossing("tensor", [(0, 1, 2), (3, 4, 5)]) == [(2, 3)]
+    assert layout.crossing("data", [(0, 1, 2), (3, 4, 5)]) == [(0, 2, 4), (1, 3, 5)]
+    assert layout.crossing("tensor", [range(6)]) == layout.crossing("tensor", []) == []
+
+
 def test_a_world_that_does_not_fill_it_is_refused() -> None:
     with pytest.raises(
         ConfigError,

@@ -68,8 +68,8 @@ def prepare(
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
     facts = msgspec.convert(reply["facts"], Facts, strict=False)
-    per_host = max((len(members) for members in session.hosts), default=config.workers)
-    facts = msgspec.structs.replace(facts, between_hosts=len(session.hosts) > 1, per_host=per_host)
+    hosts = [list(members) for members in session.hosts] or [list(range(config.workers))]
+    facts = msgspec.structs.replace(facts, between_hosts=len(hosts) > 1, hosts=hosts)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
     chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)

@@ -51,13 +51,8 @@ class Found:
     links: list[LinkRow]  # the last: of all workers at once
     ways: list[Way]
 
-    @property
-    def slowest(self) -> LinkSpeed:
-        """Of the ways between two workers, if any was measured by itself; else what all had at once."""
-        return self.among([tuple(row.members) for row in self.links[:-1]])
-
     def among(self, pairs: Sequence[tuple[int, ...]]) -> LinkSpeed:
-        """The slowest of these; of no pairs, what all had at once."""
+        """The slowest of these; where none was measured by itself, what all had at once."""
         rows = [row for row in self.links[:-1] if tuple(row.members) in pairs] or self.links[-1:]
         return LinkSpeed(max(row.latency_s for row in rows), min(row.bytes_per_s for row in rows))
 
@@ -117,11 +112,19 @@ def resolve(
     known = config.measured
     asked = config.pattern_options.get("compress") == AUTO or (known is not None and known.compress != "")
     between = len(link.hosts) > 1 and config.collective == AUTO  # whose choice depends on the way between hosts
-    if known is not None and (known.world, known.carrier) == (link.world, link.carrier):
-        recorded = _settled(config, facts, link, known, "as recorded")
-        if recorded.news is None or pattern.neighbours(facts, config).keys() <= known.neighbours.keys():
-            return recorded
+    settled = known.pipeline if known is not None else None
+    if settled is not None and settled.of != pattern.settles(facts, config.workers):
+        settled = None  # of another layout
+    here = known if known is not None and (known.world, known.carrier) == (link.world, link.carrier) else None
+    if here is not None and settled is not None:
+        return _settled(config, facts, link, here, "as recorded")
+    if settled is not None and pattern.keeps(config.workers):
+        # also over another carrier: what is held back is of these cuts
+        return _settled(config, facts, link, Measured(world=link.world, carrier=link.carrier, pipeline=settled))
     neighbours = pattern.neighbours(facts, config)
+    if here is not None and not neighbours:
+        here = msgspec.structs.replace(here, pipeline=None, neighbours={})  # in another layout places were others
+        return _settled(config, facts, link, here, "as recorded")
     speed_matters = between or (known is not None and known.bytes_per_s > 0)
     kept = known.compress if known is not None and known.compress != NONE else ""
     why_kept = "chosen when the run began, and kept with what it holds back" if kept else ""

@@ -143,7 +143,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     optimizer: str = ""  # the class of the task's
     between_hosts: bool = False  # the workers stand on several
-    per_host: int = 0  # workers on the host that has the most; 0: nobody looked
+    hosts: list[list[int]] = []  # the workers on each; empty: nobody looked
     cores: float = 1.0  # of a host, in such as a worker's threads take
     memory_left: int = 0  # bytes of this machine or container, before any worker starts; 0: nobody looked
     step_s: float = 0.0  # of one worker's share, computing alone; 0: nobody asked
@@ -162,6 +162,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     step_alone: str = (
         "not looked at"  # why workers of a host cannot share its step (shared_step.why_not); empty: they can
     )
+
+    @property
+    def per_host(self) -> int:
+        """Workers on the host that has the most; 0: nobody looked."""
+        return max(map(len, self.hosts), default=0)
 
     @property
     def gradient_bytes(self) -> dict[str, int]:
@@ -349,8 +354,12 @@ class Pattern(ABC):
         choose the same whatever that is."""
         return {}
 
+    def settles(self, facts: Facts, workers: int) -> str:
+        """What it chooses once for all workers, for as long as this stays the same; empty: nothing."""
+        return ""
+
     def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
-        """With what it chose, once for all workers: ``kept``, if that is a choice of the same."""
+        """With what it chose: ``kept``, or, of None, what is best by these facts."""
         return facts
 
     def predict(

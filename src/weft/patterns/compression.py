@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +33,13 @@ def make_arena(
     seed: int,
     momentum: Momentum | None = None,
     steps: int = 0,
+    whole: Collection[str] = (),
 ) -> Arena:
-    """As ``compress`` says: "none", or what weft.codecs.spec.parse reads. ``steps``: of the run, if the codec warms up in them."""
+    """As ``compress`` says: "none", or what weft.codecs.spec.parse reads. ``steps``: of the run, if the codec warms up in them; ``whole``:
+    parameters that are left as they are."""
     if compress == NONE or link.world == 1:
         return Arena(params, link)
-    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum, steps=steps)
+    return CompressedArena(params, link, parse(compress), seed=seed, momentum=momentum, steps=steps, whole=whole)
 
 
 def take_momentum(replica: Replica, compress: str) -> Momentum | None:
@@ -116,8 +118,9 @@ class CompressedArena(Arena):
         seed: int,
         momentum: Momentum | None,
         steps: int,
+        whole: Collection[str] = (),
     ) -> None:
-        large = {n: p for n, p in params.items() if is_compressed(p.shape)}
+        large = {n: p for n, p in params.items() if is_compressed(p.shape) and n not in whole}
         super().__init__(params, link, first=large)
         self.link, self.seed = link, seed
         self.feedbacks: list[Plain] = []
@@ -190,6 +193,10 @@ class CompressedArena(Arena):
             own = resume.parts[part_of(self.link.rank)][STATE]
         else:
             own = shared_out([part[STATE] for part in resume.parts.values()], self.link.world)
+        self.restore(state, own)
+
+    def restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """As ``state`` and ``own_state`` told."""
         for k, feedback in enumerate(self.feedbacks):
             feedback.load_state_dict(state[f"{k}"], own[f"{k}"])
         for name, view in self._velocity().items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from weft.errors import ConfigError
@@ -66,6 +67,11 @@ class Layout:
             tuple(self.rank(**dict(zip([a for a, _ in others], at, strict=True)), **{axis: k}) for k in along)
             for at in itertools.product(*(places for _, places in others))
         ]
+
+    def crossing(self, axis: str, hosts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Groups of ``axis`` whose ranks stand on several of ``hosts``."""
+        host_of = {rank: k for k, ranks in enumerate(hosts) for rank in ranks}
+        return [ranks for ranks in self.groups(axis) if len({host_of.get(rank) for rank in ranks}) > 1]
 
     def check(self, workers: int) -> None:
         """ConfigError unless this many workers fill it."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from weft.codecs.spec import NONE
 from weft.errors import Incompatible
+from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import AXES, Layout
 from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
@@ -42,10 +44,13 @@ class Mesh(SplitPattern):
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
 
+    compress: str = field(default=NONE, metadata=COMPRESS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for axis in AXES:
             self._at_least_one(axis, "nothing on this axis")
+        check_codec(self.compress, "data", self.data)
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined != Pipelined():
@@ -57,6 +62,10 @@ class Mesh(SplitPattern):
                 f"pipeline={self.pipeline} with sharded={self.sharded}: a stage's blocks would be gathered anew for each micro-batch. Use data= beside "
                 "pipeline=, or sharded= with tensor=."
             )
+
+    @property
+    def codec(self) -> str:
+        return self.compress
 
     @property
     def pipelined(self) -> Pipelined:

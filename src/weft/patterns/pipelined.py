@@ -195,9 +195,12 @@ class Known:
         ]
 
     def links(self, workers: int) -> LinkSpeed | Mapping[Channel, LinkSpeed]:
+        """Of a pipeline of so many, which need not be the one whose links were measured."""
         if not self.measured:
             return self.speed
-        return {way: self.measured[pair_name(a, b)] for a, b in pairs_of(workers) for way in ((a, b), (b, a))}
+        slowest = max(self.measured.values(), key=lambda speed: (speed.latency_s, -speed.bytes_per_s))
+        ways = [(a, b, self.measured.get(pair_name(a, b), slowest)) for a, b in pairs_of(workers)]
+        return {way: speed for a, b, speed in ways for way in ((a, b), (b, a))}
 
     def cores_of(self, workers: int) -> float:
         """What one pipeline has: others may stand on the same hosts."""

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.patterns.base import Facts
-from weft.patterns.layout import SHARDED, TENSOR, Layout
+from weft.patterns.layout import AXES, Layout
 from weft.payoff import format_rate, format_size, format_time
 from weft.pipelines.simulate import Simulation
 
@@ -63,7 +63,7 @@ def scaled(facts: Facts, examples: float) -> Facts:
             )
             for item in pipeline.items
         ]
-        pipeline = replace(pipeline, items=items, settled=None, speeds={})
+        pipeline = replace(pipeline, items=items, settled=None)
     return replace(
         facts,
         step_s=examples * compute_s + facts.optimizer_s,
@@ -73,22 +73,30 @@ def scaled(facts: Facts, examples: float) -> Facts:
     )
 
 
+def of_one(whole: float, measured: float, degree: int, tensor: int) -> float:
+    """What one of ``tensor`` workers has of ``whole``, where one of ``degree`` has ``measured``: what is cut goes by its part, the rest stays."""
+    cut = max(0.0, whole - measured) / (1 - 1 / degree)
+    return whole if tensor == 1 else measured + cut * (1 / tensor - 1 / degree)
+
+
 def compute_s(facts: Facts, tensor: int) -> float:
-    """Forward and backward of a share by one of ``tensor`` workers that cut it, alone. Measured whole, and as it was cut; else what is cut goes
-    by its part, and the rest stays."""
-    whole = facts.step_s - facts.optimizer_s
-    if tensor == 1 or facts.tensor is None or not facts.tensor.compute_s:
-        return whole
-    cut = max(0.0, (whole - facts.tensor.compute_s) / (1 - 1 / facts.tensor.degree))
-    return facts.tensor.compute_s + cut * (1 / tensor - 1 / facts.tensor.degree)
+    """Forward and backward of a share by one of ``tensor`` workers that cut it, alone."""
+    whole, cut = facts.step_s - facts.optimizer_s, facts.tensor
+    return of_one(whole, cut.compute_s, cut.degree, tensor) if cut is not None and cut.compute_s else whole
+
+
+def activation_bytes(facts: Facts, tensor: int) -> float:
+    """On one of ``tensor`` workers that cut a share."""
+    whole, cut = facts.activation_bytes, facts.tensor
+    return of_one(whole, cut.activation_bytes, cut.degree, tensor) if cut is not None else whole
 
 
 def speed_on(facts: Facts, layout: Layout, axis: str) -> LinkSpeed:
-    """Of the links along ``axis``, or of all workers: as measured; else as is assumed within hosts, which hold the innermost axes, or between them."""
+    """Of the links along ``axis``, or of all workers: as measured; else as is assumed within hosts, or between them."""
     if not facts.between_hosts:
         return facts.speed or UNMEASURED
-    inner = {TENSOR: layout.tensor, SHARDED: layout.tensor * layout.sharded}.get(axis, layout.world)
-    return UNMEASURED if inner <= facts.per_host else facts.speed or GIGABIT
+    crosses = axis not in AXES or layout.crossing(axis, facts.hosts)
+    return facts.speed or GIGABIT if crosses else UNMEASURED
 
 
 def step_parts(

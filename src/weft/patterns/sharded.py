@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from weft.codecs.spec import NONE
 from weft.errors import ConfigError
+from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import Layout
 from weft.patterns.split import SplitPattern
 
@@ -35,9 +37,12 @@ class Sharded(SplitPattern):
         default=True, metadata={"doc": "let a block go between forward and backward: less memory, more travels"}
     )
 
+    compress: str = field(default=NONE, metadata=COMPRESS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least_one("replicas", "one copy of the model")
+        check_codec(self.compress, "replicas", self.replicas)
 
     def layout(self, workers: int) -> Layout:
         if workers % self.replicas:
@@ -46,6 +51,10 @@ class Sharded(SplitPattern):
                 f"replicas={self.replicas} does not divide {workers} workers: give one of {', '.join(map(str, fit))}."
             )
         return Layout(data=self.replicas, sharded=workers // self.replicas)
+
+    @property
+    def codec(self) -> str:
+        return self.compress
 
     @property
     def gathers_twice(self) -> bool:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
+from weft.codecs.spec import NONE, is_compressed, parse
 from weft.comm.link import WORLD
 from weft.config import Settled
 from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import Facts, Group, ParamFact, Pattern, Role, tail_numel
+from weft.patterns.base import HELD_BACK, Facts, Group, Kept, ParamFact, Pattern, Role, summed_up, tail_numel
+from weft.patterns.copies import compression, held_by_several, held_part
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
 from weft.patterns.pipelined import (
     AUTO,
@@ -38,6 +40,7 @@ from weft.patterns.pipelined import (
 from weft.patterns.prediction import (
     Other,
     Traffic,
+    activation_bytes,
     advice,
     compute_s,
     link_in_words,
@@ -102,6 +105,11 @@ class SplitPattern(Pattern):
     def pipelined(self) -> Pipelined:
         return Pipelined()
 
+    @property
+    def codec(self) -> str:
+        """By which copies of a part exchange its gradients."""
+        return NONE
+
     def chosen(self, facts: Facts, workers: int) -> Chosen | None:
         """Its pipeline, if it has one."""
         size = self.layout(workers).pipeline
@@ -115,24 +123,28 @@ class SplitPattern(Pattern):
         rows = layout.groups(PIPELINE)
         return {pair_name(a, b): [(row[a], row[b]) for row in rows] for a, b in pairs_of(layout.pipeline)}
 
+    def settles(self, facts: Facts, workers: int) -> str:
+        if facts.pipeline is None:
+            return ""
+        asked, pipeline = self.pipelined, facts.pipeline
+        return (
+            f"{self.layout(workers)}, {len(pipeline.items)} parts, {pipeline.microbatches} micro-batches, schedule={asked.schedule}, "
+            f"stages_per_worker={asked.per_worker}"
+        )
+
     def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
         if facts.pipeline is None:
             return facts
-        asked, open_facts = self.pipelined, facts.pipeline
-        of = (
-            f"{self.layout(workers)}, {len(open_facts.items)} parts, {open_facts.microbatches} micro-batches, schedule={asked.schedule}, "
-            f"stages_per_worker={asked.per_worker}"
-        )
-        if kept is None or kept.of != of:
-            chosen = choose(facts, asked, self.layout(workers).pipeline)
+        if kept is None:
+            chosen = choose(facts, self.pipelined, self.layout(workers).pipeline)
             kept = Settled(
-                of=of,
+                of=self.settles(facts, workers),
                 schedule=chosen.program.schedule,
                 stages_per_worker=chosen.program.stages_per_rank,
                 items=[len(items) for items in chosen.stages],
                 why=chosen.why,
             )
-        return msgspec.structs.replace(facts, pipeline=msgspec.structs.replace(open_facts, settled=kept))
+        return msgspec.structs.replace(facts, pipeline=msgspec.structs.replace(facts.pipeline, settled=kept))
 
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
         if (chosen := self.chosen(facts, config.workers)) is None:
@@ -145,7 +157,20 @@ class SplitPattern(Pattern):
         return self.clip_norm is not None
 
     def differs(self, facts: Facts, steps: int) -> str:
-        return ""
+        if self.codec == NONE:
+            return ""
+        return f"compress={self.codec} changes what a step is given: check without it, all else is the same"
+
+    # -- what copies of a part send each other in fewer bytes
+
+    def writer_for(self, rank: int) -> int:
+        return rank if self.codec != NONE else 0
+
+    def keeps(self, workers: int) -> list[Kept]:
+        if self.codec == NONE:
+            return []
+        of = f"{self.codec} of gradients over {self.layout(workers)}, {self.pipelined}"
+        return [Kept(HELD_BACK, of, parse(self.codec).dropped("gradients"))]
 
     def roles(self, workers: int) -> tuple[Role, ...]:
         does = "holds its part of the model, trains on its share of each batch"
@@ -162,7 +187,8 @@ class SplitPattern(Pattern):
     def groups(self, facts: Facts, workers: int) -> list[Group]:
         layout = self.layout(workers)
         tail = 8 * tail_numel(workers, len(facts.params))
-        held = self._held(facts, layout, [p for p in facts.params if p.trainable])
+        places = self._places(facts, layout, self.chosen(facts, workers))
+        held = max(self._held(facts, layout, [p for p in here if p.trainable]) for here in places)
         nbytes = {DATA: held, TENSOR: tail, SHARDED: tail}
         inner = [
             Group(axis, ranks, nbytes.get(axis, tail))
@@ -233,8 +259,8 @@ class SplitPattern(Pattern):
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         if config.workers == 1:
             return []
-        layout = self.layout(config.workers)
-        sent = self._traffic(facts, layout, bytes_for, carrier)
+        layout, chosen = self.layout(config.workers), self.chosen(facts, config.workers)
+        sent = self._traffic(facts, layout, chosen, bytes_for, carrier)
         running = any(b.running for b in facts.buffers)
         dtypes = ", ".join(facts.gradient_bytes)
 
@@ -267,7 +293,7 @@ class SplitPattern(Pattern):
                     f"parameters ({dtypes}), gathered {'before forward and again before backward' if self.gathers_twice else 'once'}; gradients",
                 )
             )
-        if (chosen := self.chosen(facts, config.workers)) is not None:
+        if chosen is not None:
             assert facts.pipeline is not None
             plans += [
                 LinkPlan(
@@ -280,19 +306,45 @@ class SplitPattern(Pattern):
                 for k, nbytes in enumerate(sent_bytes(chosen, facts.pipeline))
             ]
         if layout.data > 1:
-            plans.append(
-                plan(
-                    DATA,
-                    f"{layout.data} workers that hold the same part",
-                    f"gradients ({dtypes}) of that part",
-                )
-            )
+            compressed = f", compressed by {self.codec} but for small tensors" if self.codec != NONE else ""
+            what = f"gradients ({dtypes}) of that part{compressed}"
+            each = plan(DATA, f"{layout.data} workers that hold the same part", what)
+            steps = config.total_steps(facts.train_examples)
+            for here in self._places(facts, layout, chosen):
+                joined = self._joined(facts, layout, chosen, here, bytes_for, carrier, steps)
+                plans.append(msgspec.structs.replace(each, bytes_per_step=joined.nbytes))
         return plans
 
+    def _joined(
+        self,
+        facts: Facts,
+        layout: Layout,
+        chosen: Chosen | None,
+        here: Sequence[ParamFact],
+        bytes_for: Callable[[int, int], int],
+        carrier: str,
+        steps: int = 0,
+    ) -> Traffic:
+        """What a worker sends in a step to those that hold the same part, of the parameters that are ``here``; of ``steps``, if a codec warms
+        up in them, the mean."""
+        trained = [p for p in here if p.trainable]
+        if self.codec == NONE:
+            return Traffic(bytes_for(self._held(facts, layout, trained), layout.data), 1)
+        several = held_by_several(facts, layout, chosen)
+        beside = self._held(facts, layout, [p for p in trained if p.name in several])
+        compressed = compression(self.codec, facts, layout, chosen, here)
+        return Traffic(compressed.bytes_sent(beside, layout.data, bytes_for, carrier, steps), 1)
+
     def _traffic(
-        self, facts: Facts, layout: Layout, bytes_for: Callable[[int, int], int], carrier: str
+        self,
+        facts: Facts,
+        layout: Layout,
+        chosen: Chosen | None,
+        bytes_for: Callable[[int, int], int],
+        carrier: str,
     ) -> dict[str, Traffic]:
-        """What one worker sends in a step, by axis, but for what stages send each other; of all workers: what they must agree on."""
+        """What the worker that sends most sends in a step, by axis, but for what stages send each other; of all workers: what they must
+        agree on."""
         trained = [p for p in facts.params if p.trainable]
         running = sum(b.nbytes for b in facts.buffers if b.running)
         sent = {WORLD: Traffic(bytes_for(8 * tail_numel(layout.world, len(trained)) + running, layout.world), 1)}
@@ -310,7 +362,10 @@ class SplitPattern(Pattern):
             )
             sent[SHARDED] = Traffic(nbytes, (times + 1) * len(facts.blocks) + 2)
         if layout.data > 1:
-            sent[DATA] = Traffic(bytes_for(self._held(facts, layout, trained), layout.data), 1)
+            sent[DATA] = max(
+                self._joined(facts, layout, chosen, here, bytes_for, carrier)
+                for here in self._places(facts, layout, chosen)
+            )
         return sent
 
     # -- how long it takes
@@ -323,26 +378,25 @@ class SplitPattern(Pattern):
         layout = self.layout(config.workers)
 
         def seconds(facts: Facts, pattern: SplitPattern, layout: Layout) -> dict[str, float]:
-            sent = pattern._traffic(facts, layout, bytes_for, carrier) if layout.world > 1 else {}
-            if layout.pipeline == 1:
-                return step_parts(facts, layout, sent, None, pattern._stepped(facts, layout, None))
-            chosen = choose(facts, pattern.pipelined, layout.pipeline)
-            flow = predicted(facts, chosen, slower=compute_s(facts, layout.tensor) / compute_s(facts, 1))
+            chosen = choose(facts, pattern.pipelined, layout.pipeline) if layout.pipeline > 1 else None
+            sent = pattern._traffic(facts, layout, chosen, bytes_for, carrier) if layout.world > 1 else {}
+            slower = compute_s(facts, layout.tensor) / compute_s(facts, 1)
+            flow = predicted(facts, chosen, slower) if chosen is not None else None
             return step_parts(facts, layout, sent, flow, pattern._stepped(facts, layout, chosen))
 
         def other(pattern: SplitPattern, workers: int, who: str, use: str) -> Other:
             there = pattern.layout(workers)
             known = scaled(facts, layout.shares / there.shares)
             takes_s = sum(seconds(known, pattern, there).values())
-            memory = sum(pattern.memory(known, workers, carrier).values())
-            left, activations = facts.memory_left, pattern.memory(known, workers, carrier)["activations"]
+            purposes = pattern.memory(known, workers, carrier)
+            left, activations, memory = facts.memory_left, purposes["activations"], sum(purposes.values())
             if workers == 1 and left and memory > left > memory - activations:
                 pieces = math.ceil(activations / (left - memory + activations))
                 use, memory = f"{use} -o accumulate={pieces}", memory - activations + activations // pieces
             return Other(who, use, takes_s, memory * on_host(facts, workers))
 
         own = seconds(facts, self, layout)
-        copies = Copies(accumulate=self.accumulate)
+        copies = Copies()
         fewer = [other(copies, 1, "one worker alone", "--pattern allreduce --workers 1")]
         for pattern, workers, use in self._halves(config.workers):
             fewer.append(other(pattern, workers, f"a half of them ({pattern.layout(workers)})", use))
@@ -365,16 +419,18 @@ class SplitPattern(Pattern):
 
     def _stepped(self, facts: Facts, layout: Layout, chosen: Chosen | None) -> float:
         """The part of what is trained that the busiest worker steps."""
-        trained = [p for p in facts.params if p.trainable]
-        rows = [trained]
-        if chosen is not None:
-            assert facts.pipeline is not None
-            uses = facts.pipeline.uses
-            rows = [
-                [p for p in trained if place in {chosen.worker_of(item) for item in uses[p.name]}]
-                for place in range(layout.pipeline)
-            ]
-        return max(self._held(facts, layout, row) for row in rows) / sum(p.nbytes for p in trained)
+        trained = [[p for p in here if p.trainable] for here in self._places(facts, layout, chosen)]
+        whole = sum(p.nbytes for p in facts.params if p.trainable)
+        return max(self._held(facts, layout, here) for here in trained) / whole
+
+    @staticmethod
+    def _places(facts: Facts, layout: Layout, chosen: Chosen | None) -> list[list[ParamFact]]:
+        """The parameters at each place in the pipeline."""
+        if chosen is None:
+            return [facts.params]
+        assert facts.pipeline is not None
+        workers = {p.name: chosen.workers_of(facts.pipeline.uses[p.name]) for p in facts.params}
+        return [[p for p in facts.params if place in workers[p.name]] for place in range(layout.pipeline)]
 
     def _held(self, facts: Facts, layout: Layout, params: Sequence[ParamFact], blocks: bool = False) -> int:
         """Bytes of ``params`` that lie on one worker: on average, where parts are uneven. ``blocks``: of those within blocks alone."""
@@ -391,28 +447,23 @@ class SplitPattern(Pattern):
         layout, chosen = self.layout(workers), self.chosen(facts, workers)
         whole = sum(p.nbytes for p in facts.params if p.trainable)
 
-        def at(place: int) -> dict[str, int]:
-            here = [p for p in facts.params if chosen is None or place in chosen.workers_of(self._items(facts, p.name))]
+        def at(place: int, here: Sequence[ParamFact]) -> dict[str, int]:
             held = self._held(facts, layout, here)
             trained = self._held(facts, layout, [p for p in here if p.trainable])
-            activations = facts.tensor.activation_bytes if facts.tensor else facts.activation_bytes
-            if chosen is not None:
-                activations = int(chosen.activation_bytes[place])
-            return {
+            activations = activation_bytes(facts, layout.tensor) if chosen is None else chosen.activation_bytes[place]
+            compresses = self.codec != NONE and layout.data > 1
+            kept = compression(self.codec, facts, layout, chosen, here).kept_bytes() if compresses else 0
+            return ({"error feedback": kept} if compresses else {}) | {
                 "parameters": held,
                 "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
                 "gradients": trained * (2 if layout.data > 1 else 1),
                 "optimizer": facts.optimizer_bytes * trained // whole,
-                "activations": activations // self.accumulate,
+                "activations": int(activations) // self.accumulate,
                 "buffers": sum(b.nbytes for b in facts.buffers),
             }
 
-        return max((at(place) for place in range(layout.pipeline)), key=lambda parts: sum(parts.values()))
-
-    @staticmethod
-    def _items(facts: Facts, name: str) -> list[int]:
-        assert facts.pipeline is not None
-        return facts.pipeline.uses[name]
+        places = self._places(facts, layout, chosen)
+        return max((at(place, here) for place, here in enumerate(places)), key=lambda parts: sum(parts.values()))
 
     def _gathered_bytes(self, facts: Facts, layout: Layout) -> int:
         """At the worst moment, in backward: parameters and gradients of what belongs to no block and of the largest block, and the room
@@ -435,6 +486,12 @@ class SplitPattern(Pattern):
             )
         if facts.tensor:
             result += facts.tensor.in_words()
+        if across := layout.crossing(TENSOR, facts.hosts):
+            workers = " and ".join(str(rank) for rank in across[0])
+            result.append(
+                f"tensor={layout.tensor} goes across hosts (workers {workers} stand on several): each block waits for the network; take a degree "
+                "that divides the workers of every host"
+            )
         if layout.sharded > 1 and facts.blocks:
             names = list(facts.blocks)
             shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
@@ -449,6 +506,13 @@ class SplitPattern(Pattern):
                 if self.made_whole(facts, layout)
                 else "the model is made block by block: no worker ever holds the whole"
             )
+        if self.codec != NONE:
+            result += compression(self.codec, facts, layout, chosen, facts.params).notes(layout.data)
+            large = {p.name for p in facts.params if is_compressed(held_part(facts, layout, p).shape)}
+            if several := sorted(large & held_by_several(facts, layout, chosen)):
+                result.append(
+                    f"compress={self.codec} leaves whole what several workers hold alike: {summed_up(several)}"
+                )
         if layout.shares > 1 and any(b.running for b in facts.buffers):
             result.append(
                 "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "

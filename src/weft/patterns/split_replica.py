@@ -24,10 +24,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from weft.comm.link import Link, SoloLink, tell_all
 from weft.comm.torch_backend import process_groups
+from weft.config import FIRST_PART
+from weft.config import part_of as part_name
 from weft.data.keys import key_int
 from weft.data.sampler import Draw
 from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
+from weft.patterns.compression import STATE, CompressedArena, make_arena
+from weft.patterns.copies import held_by_several
 from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
@@ -48,7 +52,7 @@ from weft.update import ClipNorm, Dense, Update, norm
 from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
-    from weft.patterns.base import Context
+    from weft.patterns.base import Context, Resume
 
 
 NOTHING = ""  # the name of what an optimizer is given where it has no parameters
@@ -342,11 +346,20 @@ class SplitMean(JoinedMean):
 
     def __init__(self, replica: SplitReplica) -> None:
         self.copies = replica.link_on(DATA)
-        super().__init__(replica, replica.link)
+        super().__init__(replica, replica.link, compress=replica.pattern.codec)
 
     def _make_arena(self) -> Arena:
-        held = {n: local(p.detach()) for n, p in self.replica.params.items()} if self.copies.world > 1 else {}
-        return Arena(cast(Any, held), self.copies)
+        replica = self.replica
+        held = {n: local(p.detach()) for n, p in replica.params.items()} if self.copies.world > 1 else {}
+        whole = held_by_several(replica.ctx.facts, replica.layout, replica.chosen)
+        steps = replica.ctx.total_steps
+        return make_arena(cast(Any, held), self.copies, self.compress, seed=replica.seed, steps=steps, whole=whole)
+
+    def _join(self, update: Update) -> Update:
+        joined = super()._join(update)
+        if self.given is not None:
+            self.given = Update({n: Dense(local(t)) for n, t in named(update)}, update.weight)
+        return joined
 
     def _fill_arena(self, update: Update) -> None:
         super()._fill_arena(Update({n: Dense(local(t)) for n, t in named(update)}, update.weight))
@@ -392,6 +405,20 @@ class SplitMean(JoinedMean):
                 row.broadcast([tensor], holder)
             if self.link.rank == 0:
                 yield name, tensor
+
+    # What a codec keeps is of a worker's own part, also where copies of that part keep it alike.
+
+    def state(self) -> dict[str, Any]:
+        return {STATE: {"momentum": None}} if isinstance(self.arena, CompressedArena) else {}
+
+    def own_state(self) -> dict[str, Any]:
+        assert self.arena is not None
+        return {STATE: {"state": self.arena.state(), "own": self.arena.own_state()}}
+
+    def load(self, resume: Resume) -> None:
+        if isinstance(self.arena, CompressedArena) and STATE in resume.parts[FIRST_PART]["exchange"]:
+            kept = resume.parts[part_name(self.link.rank)][STATE]
+            self.arena.restore(kept["state"], kept["own"])
 
     def _norm(self, tensors: Mapping[str, Tensor]) -> float:
         """Of the whole gradient, of which each rank holds a part; what several hold counts once."""
