@@ -111,6 +111,7 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
     items: list[ItemFact]
     uses: dict[str, list[int]]  # at which items each parameter and buffer is used
     made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
+    loss_aside: bool = False  # the task's evaluate does not give the loss: it takes a pass of its own
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share
     speeds: dict[str, LinkSpeed] = {}  # measured, by the name of a channel
@@ -311,7 +312,9 @@ class Pattern(ABC):
         """Which share this worker draws."""
         return rank
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+    def learn(
+        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+    ) -> dict[str, Any]:
         """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. Called in a
         throw-away process."""
         return {}

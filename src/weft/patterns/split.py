@@ -187,7 +187,9 @@ class SplitPattern(Pattern):
 
     # -- what it can do
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+    def learn(
+        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+    ) -> dict[str, Any]:
         from weft.patterns.blocks import find_blocks
 
         layout = self.layout(config.workers)
@@ -202,7 +204,7 @@ class SplitPattern(Pattern):
             from weft.patterns.stages import learn as learn_stages
 
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
-            learned["pipeline"] = learn_stages(task, model, batch, -(-share // microbatches), microbatches)
+            learned["pipeline"] = learn_stages(task, model, batch, held_out, -(-share // microbatches), microbatches)
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:

@@ -32,7 +32,7 @@ from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
-from weft.patterns.metrics import evaluate_batch
+from weft.patterns.metrics import checked_parts
 from weft.patterns.optimizer_state import (
     LARGE,
     described,
@@ -246,10 +246,18 @@ class SplitReplica(Replica):
         if self.work is None:
             parts = super()._evaluate(batch)
         else:
-            parts = self.work.evaluate(lambda: evaluate_batch(self.task, self.model, batch)) or {}
+            parts = self._evaluate_in_stages(self.work, batch)
         # what all who draw this share have computed counts once
         joined = {n: (whole(total), count) for n, (total, count) in parts.items()}
         return joined if self.tells else {}
+
+    def _evaluate_in_stages(self, work: PipelineWork, batch: Any) -> Mapping[str, tuple[Tensor, float]]:
+        """Nothing, but where the last stage is."""
+        task, model, facts = self.task, self.model, self.ctx.facts.pipeline
+        assert facts is not None
+        parts = work.evaluate(lambda: task.evaluate(model, batch))
+        loss = work.evaluate(lambda: task.loss(model, batch)) if facts.loss_aside else None
+        return {} if parts is None else checked_parts(task, batch, parts, lambda: loss)
 
     def _seconds_in_links(self) -> float:
         links = [self.link, *(link for name, link in self.ctx.groups.items() if name not in self.carried_aside)]

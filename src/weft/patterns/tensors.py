@@ -359,7 +359,7 @@ def rehearse(
     timed: bool = False,
 ) -> TensorFacts:
     """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model)
     link = Rehearsal(degree)
     with process_groups(link):
         cut(model, styles, init_device_mesh("cpu", (degree,), mesh_dim_names=("tensor",)))
