@@ -75,6 +75,7 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float = 0.0  # of forward and backward on one of these, alone, for one share; 0: nobody asked
     activation_bytes: int  # on one worker, for one share
     left: dict[str, str] = {}  # large modules that stay whole, and why
+    parted: list[str] = []  # blocks whose result is in parts: no pipeline can be cut after them
 
     def in_words(self) -> list[str]:
         """For the plan."""

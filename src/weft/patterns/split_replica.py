@@ -31,7 +31,7 @@ from weft.patterns.blocks import find_blocks
 from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
-from weft.patterns.mean import JoinedMean
+from weft.patterns.mean import JoinedMean, Running
 from weft.patterns.metrics import checked_parts
 from weft.patterns.optimizer_state import (
     LARGE,
@@ -196,9 +196,15 @@ class SplitReplica(Replica):
 
     def _compute(self, draw: Draw) -> tuple[float, float, float]:
         done = self._flow(draw) if self.work is not None else super()._compute(draw)
-        for p in self.params.values():  # of an embedding whose rows are cut torch leaves a sum that is still to be made
-            if isinstance(p.grad, DTensor) and p.grad.placements != cast(DTensor, p).placements:
-                p.grad = p.grad.redistribute(placements=cast(DTensor, p).placements)
+        for p in self.params.values():
+            if not isinstance(p.grad, DTensor):
+                continue
+            if not isinstance(p, DTensor):  # a whole one, used within a pair that is cut
+                p.grad = p.grad.full_tensor()
+            elif (
+                p.grad.placements != p.placements
+            ):  # of an embedding whose rows are cut torch leaves a sum that is still to be made
+                p.grad = p.grad.redistribute(placements=p.placements)
         if self.work is not None:
             self._join_tied()
         return done
@@ -355,6 +361,12 @@ class SplitMean(JoinedMean):
     def _make_arena(self) -> Arena:
         held = {n: local(p.detach()) for n, p in self.replica.params.items()} if self.copies.world > 1 else {}
         return Arena(cast(Any, held), self.copies)
+
+    def _make_running(self) -> Running:
+        """Of those that draw a share together, one computes each buffer for all."""
+        replica, place = self.replica, self.replica.place
+        own = {n for n in replica.running if place[TENSOR] == 0 and replica.holders(n)[0] == place[PIPELINE]}
+        return Running(replica, self.link, replica.running.keys() - own)
 
     def _fill_arena(self, update: Update) -> None:
         super()._fill_arena(Update({n: Dense(local(t)) for n, t in named(update)}, update.weight))

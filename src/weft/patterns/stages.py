@@ -12,12 +12,13 @@ block, with the loss.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -33,6 +34,9 @@ REST = "the rest"  # the item after the last block
 REPEATS = 3
 
 
+CALLED = "_call_impl"  # of a module: forward with all its hooks, which may exchange what forward has made
+
+
 class Left(BaseException):
     """The last block of a stage has run: ``made`` is what it returned. Not an Exception: the task's own code must let it through."""
 
@@ -42,36 +46,35 @@ class Left(BaseException):
 
 
 class Cuts:
-    """The blocks of a model, each of which is told at each pass whether it computes."""
+    """Blocks of a model, each of which is told at each pass whether it computes."""
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        self.task, self.model = task, model
-        blocks = find_blocks(task, model)
-        self.names, self.blocks = list(blocks), list(blocks.values())
+    def __init__(self, task: Task, model: nn.Module, names: Sequence[str]) -> None:
+        self.task, self.model, self.names = task, model, list(names)
+        modules = dict(model.named_modules())
+        self.blocks = [modules[name] for name in names]
         self.begin, self.end = 0, len(self.blocks) + 1  # items of the stage that runs
         self.given: Any = None  # what the block before them returned
         self.reached = 0  # items done
         #: Hears what each block has made, and says what goes on in its place.
         self.on_made: Callable[[int, Any], Any] | None = None
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
-        self._forwards = [block.forward for block in self.blocks]
         for k, block in enumerate(self.blocks):
-            block.forward = self._instead_of(block.forward, k)
+            vars(block)[CALLED] = self._instead_of(block._call_impl, k)
 
     def undo(self) -> None:
-        for block, forward in zip(self.blocks, self._forwards, strict=True):
-            block.forward = forward
+        for block in self.blocks:
+            del vars(block)[CALLED]
 
-    def _instead_of(self, forward: Callable[..., Any], k: int) -> Callable[..., Any]:
+    def _instead_of(self, call: Callable[..., Any], k: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if k != self.reached:
                 raise TaskError(out_of_order(self.task, self.names, k, self.reached))
             if k == self.begin - 1:
                 made = self.given
             elif k < self.begin - 1:
-                made = self._shape(k, forward, args, kwargs)
+                made = self._shape(k, call, args, kwargs)
             else:
-                made = forward(*args, **kwargs)
+                made = call(*args, **kwargs)
                 if self.on_made is not None:
                     made = self.on_made(k, made)
             self.reached = k + 1
@@ -81,7 +84,7 @@ class Cuts:
 
         return run
 
-    def _shape(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _shape(self, k: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What the block would make, without numbers."""
         leaves, spec = tree_flatten((args, kwargs))
         key = (
@@ -92,7 +95,7 @@ class Cuts:
         )
         if key not in self._shapes:
             with torch.no_grad():
-                self._shapes[key] = tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, forward(*args, **kwargs))
+                self._shapes[key] = tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, call(*args, **kwargs))
         return tree_map(lambda t: torch.empty_like(t) if isinstance(t, Tensor) else t, self._shapes[key])
 
     def run(self, code: Callable[[], Any], begin: int, end: int, given: Any) -> Any:
@@ -105,7 +108,7 @@ class Cuts:
                 with Before(self):
                     made = code()
         except Left as left:
-            made = left.made
+            made = tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, left.made)
         finally:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
@@ -278,17 +281,24 @@ def skips(cuts: Cuts, item: int, func: Any) -> str:
 
 
 def learn(
-    task: Task, model: nn.Module, batch_of: Callable[[int], Any], held_out: Any, examples: int, microbatches: int
+    task: Task,
+    model: nn.Module,
+    batch_of: Callable[[int], Any],
+    held_out: Any,
+    examples: int,
+    microbatches: int,
+    parted: Collection[str] = (),
 ) -> PipelineFacts:
-    """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. Leaves the model's gradients as they were."""
+    """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. ``parted``: blocks after which there is no cut. Leaves
+    the model's gradients as they were."""
     batch = batch_of(examples)
     who = type(task).__name__
-    blocks = find_blocks(task, model)
+    blocks = [name for name in find_blocks(task, model) if name not in parted]
     if not blocks:
         raise Incompatible(
             f"{who}'s model has no blocks that run one after the other, so there is nothing to cut: give the task blocks(model), or use --pattern sharded."
         )
-    cuts = Cuts(task, model)
+    cuts = Cuts(task, model, blocks)
     uses = Uses(cuts)
     kinds: list[int] = []
 

@@ -150,6 +150,7 @@ class Replica:
         self.step = 0
         self.averaged_over = self.shares  # shares whose gradients will be joined
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
+        self.drawn = 0.0  # the weight of this worker's share of them
         self.epoch_ended = False
         self.report = StepReport()
         self.attached = Update()  # the newest own one: its entries are the parameters' gradients
@@ -205,6 +206,7 @@ class Replica:
             p.grad = None
         data_s, loss_sum, weight = self._compute(draw)
         update = self._collect(weight)
+        self.drawn = weight
         r = self.report
         r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
         r.data_s = data_s
