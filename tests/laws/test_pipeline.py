@@ -14,7 +14,7 @@ from torch import nn
 
 import weft
 from weft.compare import final_parameters
-from weft.errors import ConfigError, Incompatible, TaskError
+from weft.errors import ConfigError
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
@@ -156,95 +156,7 @@ def test_fewer_microbatches_than_stages_are_slow_and_equal(tmp_path: Path, sched
     assert distance(train(tmp_path / "run", Masked(), Pipeline(schedule=schedule, microbatches=1), 2), truth) <= EQUAL
 
 
-# -- what is refused, before step 1
-
-
-class Skips(MaskedNet):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones_like(x)
-        early = x * self.scale
-        x, y = early, x
-        for block in self.blocks:
-            x, y = block(x, y, mask)
-        return self.end(x + early)
-
-
-class Twice(MaskedNet):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask, y = torch.ones_like(x), x
-        for block in [*self.blocks, self.blocks[0]]:
-            x, y = block(x, y, mask)
-        return self.end(x)
-
-
-class Dictionary(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"x": self.linear(x["x"])}
-
-
-class Dictionaries(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks, self.end = nn.ModuleList([Dictionary(), Dictionary()]), nn.Linear(6, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = {"x": x}
-        for block in self.blocks:
-            y = block(y)
-        return self.end(y["x"])
-
-
-class Alone(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(6, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
-
-
-class Of(Regression):
-    def __init__(self, net: type[nn.Module]) -> None:
-        super().__init__()
-        self.net = net
-
-    def model(self) -> nn.Module:
-        return self.net()
-
-
-@pytest.mark.parametrize(
-    ("net", "settings", "kind", "says"),
-    [
-        (MaskedNet, {"workers": 8}, ConfigError, "8 stages|at most 5 ranks"),
-        (
-            MaskedNet,
-            {"pattern": Pipeline(microbatches=25)},
-            ConfigError,
-            "microbatches=25 is more than the 24 examples of a share",
-        ),
-        (MaskedNet, {"pattern": Pipeline(stages=3)}, ConfigError, "stages=3 takes as many workers, and there are 2"),
-        (
-            MaskedNet,
-            {"pattern": Mesh(data=3, pipeline=2), "workers": 4},
-            ConfigError,
-            "4 workers cannot hold data=3 x pipeline=2, which takes 6",
-        ),
-        (Skips, {}, TaskError, "uses what it computed before that block ended"),
-        (Twice, {}, TaskError, "runs block 'blocks.0' twice"),
-        (Dictionaries, {}, Incompatible, "block 'blocks.0' of Of's model returns a dict"),
-        (Alone, {}, Incompatible, "has no blocks that run one after the other"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_the_cure(
-    tmp_path: Path, net: type[nn.Module], settings: dict[str, Any], kind: type[Exception], says: str
-) -> None:
-    settings = {"pattern": Pipeline(), "workers": 2} | settings
-    with pytest.raises(kind, match=says):
-        train(tmp_path / "run", Of(net), **settings)
+# -- what is refused
 
 
 @pytest.mark.parametrize(
