@@ -69,6 +69,7 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     styles: dict[str, str]  # by module: column, row, embedding, head
     parameters: list[str]  # those that are cut
+    within: list[str] = []  # whole ones whose gradients come in parts, or as sums that are still to be made
     exchanged: int  # bytes that a step all-reduces, forward and backward, for one share
     exchanges: int
     degree: int = 1  # workers over which they were cut

@@ -120,9 +120,10 @@ class SplitReplica(Replica):
             assert self.ctx.facts.tensor is not None
             tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR], lambda module: self._give(later, module))
         if self.layout.sharded > 1:
-            self._shard(model, mesh[SHARDED], later)
+            self._shard(model, mesh, later)
         else:
             self._give(later, model)
+            self._know_whole(model, model, mesh)
         if self.chosen is not None:
             self._keep_stages(model, self.chosen)
         return model
@@ -144,12 +145,19 @@ class SplitReplica(Replica):
         self.at_end.enter_context(process_groups(self.link, groups))
         return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
 
+    def _know_whole(self, model: nn.Module, part: nn.Module, mesh: DeviceMesh) -> None:
+        if self.layout.tensor > 1:
+            assert self.ctx.facts.tensor is not None
+            tensors.make_whole(model, part, self.ctx.facts.tensor.within, self.first_names, mesh[TENSOR])
+
     def _shard(self, model: nn.Module, mesh: DeviceMesh, later: Later | None) -> None:
         for block in find_blocks(self.task, model).values():
             self._give(later, block)
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
+            self._know_whole(model, block, mesh)
+            fully_shard(block, mesh=mesh[SHARDED], reshard_after_forward=self.pattern.gathers_twice)
         self._give(later, model)
-        fully_shard(model, mesh=mesh)
+        self._know_whole(model, model, mesh)
+        fully_shard(model, mesh=mesh[SHARDED])
         room = Room()
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -197,13 +205,8 @@ class SplitReplica(Replica):
     def _compute(self, draw: Draw) -> tuple[float, float, float]:
         done = self._flow(draw) if self.work is not None else super()._compute(draw)
         for p in self.params.values():
-            if not isinstance(p.grad, DTensor):
-                continue
-            if not isinstance(p, DTensor):  # a whole one, used within a pair that is cut
-                p.grad = p.grad.full_tensor()
-            elif (
-                p.grad.placements != p.placements
-            ):  # of an embedding whose rows are cut torch leaves a sum that is still to be made
+            # of an embedding whose rows are cut, and of what is used within a pair, torch leaves a sum that is still to be made
+            if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
                 p.grad = p.grad.redistribute(placements=p.placements)
         if self.work is not None:
             self._join_tied()

@@ -14,7 +14,7 @@ import copy
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -74,6 +74,21 @@ def cut(
     for (first, first_name), *others in tied:
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
+
+
+def make_whole(
+    model: nn.Module, part: nn.Module, names: Collection[str], first: Mapping[str, str], mesh: DeviceMesh
+) -> None:
+    """Parameters of ``part`` of these ``names`` become DTensors that each worker has whole, so that torch knows what to make of their
+    gradients. ``first``: by each name in ``model``, the first of its names."""
+    made: dict[int, nn.Parameter] = {}
+    inside = set(part.modules())
+    for prefix, module in model.named_modules():
+        for name, p in list(module.named_parameters(recurse=False)) if module in inside else ():
+            known = first[f"{prefix}.{name}" if prefix else name]
+            if known in names and not isinstance(p, DTensor):
+                whole = DTensor.from_local(p.detach(), mesh, [Replicate()], run_check=False)
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(whole, requires_grad=p.requires_grad))
 
 
 def style_of(style: str) -> ParallelStyle:
@@ -413,6 +428,7 @@ def rehearse(
                 loss.backward()
 
         step(saved)
+        within = [n for n, p in model.named_parameters() if isinstance(p.grad, DTensor) and not isinstance(p, DTensor)]
         for name, buffer in model.named_buffers():
             if name in running and torch.equal(buffer, buffers[name]):
                 raise BufferLost(name)
@@ -425,6 +441,7 @@ def rehearse(
     return TensorFacts(
         styles=facts.styles,
         parameters=facts.parameters,
+        within=within,
         exchanged=exchanged,
         exchanges=exchanges,
         degree=degree,
