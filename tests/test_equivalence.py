@@ -324,6 +324,20 @@ def test_processes_refuse_too(tmp_path: Path, pattern: weft.AllReduce) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        (Normed(), "BatchNorm normalises each micro-batch by itself"),
+        (Dropout(), "each stage of a pipeline draws its own"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_pipeline_cannot_equal_is_told_by_its_cause(tmp_path: Path, task: weft.Task, why: str) -> None:
+    assert why in str(refused(tmp_path, task, workers=2, pattern=weft.Pipeline(), cluster="local"))
+
+
+@pytest.mark.multiprocess
 def test_a_member_that_fails_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     class Fails(Regression):
         def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from weft.compare import diff_runs, final_parameters
 from weft.config import RunFolder
 from weft.data.keys import key_int
 from weft.data.sampler import Sampler
+from weft.driver.prepare import memory_shortage
 from weft.errors import ConfigError, Incompatible, MemberFailed, UnknownName
 from weft.events import read_events
 from weft.patterns import registry
@@ -417,12 +419,30 @@ ANOTHER = (
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("after", ["allreduce-2", "sharded-2", pytest.param("localsgd-2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "after",
+    firsts(["allreduce-2", "sharded-2", "localsgd-2", "tensor-2", "data x pipeline"], ["allreduce-2", "sharded-2"]),
+)
 def test_another_model_is_refused_by_what_differs(stopped: Stopped, after: str) -> None:
     run_dir = stopped("allreduce-2", "sgd")
     pattern, workers = ALL[after]
     with pytest.raises(MemberFailed, match=ANOTHER):
         weft.resume(run_dir, task=Wider(), pattern=pattern, workers=workers)
+
+
+def test_too_little_memory_is_refused_and_the_run_can_still_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    stop(run_dir, AllReduce(), 2, Regression(), **INPROCESS)
+    before = (run_dir / "config.json").read_bytes()
+    with monkeypatch.context() as patch:
+        module = sys.modules[memory_shortage.__module__]  # weft.driver has a function of this name
+        patch.setattr(module, "memory_shortage", lambda each, n, left, split: memory_shortage(each, n, 99, split))
+        with pytest.raises(ConfigError, match="99 B of memory are left: use --pattern sharded .* or a smaller model"):
+            weft.resume(run_dir, task=Regression(), workers=3)
+    assert (run_dir / "config.json").read_bytes() == before
+    assert weft.resume(run_dir, task=Regression()).steps == STEPS
 
 
 # -- into plain torch

@@ -95,13 +95,18 @@ class Equivalence(msgspec.Struct, frozen=True, kw_only=True):
         return {"text": self.text, "detail": in_detail(self), **msgspec.to_builtins(self)}
 
 
-def loop_of(pattern: Pattern) -> Loop:
+def loop_of(pattern: Pattern, microbatches: int = 1) -> Loop:
+    """``microbatches``: of a pipeline, into which it cuts a share."""
     inner = getattr(pattern, "within", pattern)
     return Loop(
-        max(getattr(inner, "accumulate", 1), getattr(inner, "microbatches", 0)),
+        max(getattr(inner, "accumulate", 1), microbatches),
         getattr(inner, "autocast", "none") == "bf16",
         getattr(inner, "clip_norm", None),
     )
+
+
+def microbatches_of(facts: Facts) -> int:
+    return facts.pipeline.microbatches if facts.pipeline else 1
 
 
 def tolerance_of(config: Config, loop: Loop) -> float:
@@ -129,7 +134,7 @@ def announce(config: Config, facts: Facts, pattern: Pattern, total_steps: int) -
         )
     if why := pattern.differs(facts, steps):
         raise Incompatible(f"check_equivalence={steps} is not possible: {why}.")
-    tolerance = tolerance_of(config, loop_of(pattern))
+    tolerance = tolerance_of(config, loop_of(pattern, microbatches_of(facts)))
     return {
         "equivalence": f"first {steps} steps are compared with one process's, to {tolerance:.2g} of the gradient's norm"
     }
@@ -140,7 +145,7 @@ def check(prepared: Prepared, folder: RunFolder, session: Session, observer: Obs
     be why."""
     facts = prepared.facts
     config = msgspec.structs.replace(prepared.config, faults=[], balance="none", trace=False)
-    loop = loop_of(prepared.pattern)
+    loop = loop_of(prepared.pattern, microbatches_of(facts))
     place = folder.path / EQUIVALENCE
     order = Order(
         config=config,
@@ -244,9 +249,15 @@ def cause(found: Equivalence, facts: Facts, loop: Loop) -> str:
     running = [b.name for b in facts.buffers if b.running]
     rounding = " Under autocast=bf16 rounding alone makes some thousandths." if loop.autocast else ""
     if found.agrees_by_shares and running:
+        piece = "micro-batch" if facts.pipeline else "worker's share"
         return (
             f"One process that takes the batch share by share gets what the workers get, and the model has running buffers ({running[0]}): "
-            "BatchNorm normalises each worker's share by itself. Use a norm of single examples (GroupNorm, LayerNorm)."
+            f"BatchNorm normalises each {piece} by itself. Use a norm of single examples (GroupNorm, LayerNorm)."
+        )
+    if found.by_shares and facts.pipeline:
+        return (
+            "The task draws random numbers (dropout), and each stage of a pipeline draws its own for each micro-batch, which no single process can "
+            "take up: compare it without them."
         )
     if found.agrees_by_shares:
         return (

@@ -69,12 +69,14 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     styles: dict[str, str]  # by module: column, row, embedding, head
     parameters: list[str]  # those that are cut
+    within: list[str] = []  # whole ones whose gradients come in parts, or as sums that are still to be made
     exchanged: int  # bytes that a step all-reduces, forward and backward, for one share
     exchanges: int
     degree: int = 1  # workers over which they were cut
     compute_s: float = 0.0  # of forward and backward on one of these, alone, for one share; 0: nobody asked
     activation_bytes: int  # on one worker, for one share
     left: dict[str, str] = {}  # large modules that stay whole, and why
+    parted: list[str] = []  # blocks whose result is in parts: no pipeline can be cut after them
 
     def in_words(self) -> list[str]:
         """For the plan."""
@@ -111,6 +113,7 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
     items: list[ItemFact]
     uses: dict[str, list[int]]  # at which items each parameter and buffer is used
     made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
+    loss_aside: bool = False  # the task's evaluate does not give the loss: it takes a pass of its own
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share
     speeds: dict[str, LinkSpeed] = {}  # measured, by the name of a channel
@@ -316,7 +319,9 @@ class Pattern(ABC):
         """Which share this worker draws."""
         return rank
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+    def learn(
+        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+    ) -> dict[str, Any]:
         """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. Called in a
         throw-away process."""
         return {}

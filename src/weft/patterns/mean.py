@@ -7,7 +7,7 @@ The exchange carries: the gradient arena; BatchNorm-like running buffers; and a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +29,19 @@ if TYPE_CHECKING:
 class Running:
     """Buffers that a training step changes (BatchNorm's statistics): their mean over ranks, weighted; of integers the largest."""
 
-    def __init__(self, replica: Replica, link: Link) -> None:
+    def __init__(self, replica: Replica, link: Link, elsewhere: Collection[str] = ()) -> None:
+        """``elsewhere``: names of those that another worker computes for this share."""
         self.link = link
         self.floats = [b for b in replica.running.values() if b.is_floating_point()]
         self.integers = [b for b in replica.running.values() if not b.is_floating_point()]
+        self.elsewhere = [b for n, b in replica.running.items() if n in elsewhere]
         device = replica.ctx.device
         self.staged = [flat_buffer(link, b.numel(), b.dtype, device).view(b.shape) for b in self.floats]
 
     def stage(self, scale: float) -> list[Tensor]:
-        """What to all-reduce together with the rest."""
+        """What to all-reduce together with the rest. ``scale``: this worker's share of the mean."""
+        for buffer in self.elsewhere:  # what stands there is of no step: it must not count
+            buffer.fill_(0 if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
         for staged, buffer in zip(self.staged, self.floats, strict=True):
             torch.mul(buffer, scale, out=staged)
         return self.staged
@@ -72,7 +76,10 @@ class JoinedMean(Exchange):
         self.tail = flat_buffer(link, tail_numel(link.world, len(self.position)), torch.float64, replica.ctx.device)
         self.rows = self.tail[: link.world * NUM_COLUMNS].view(link.world, NUM_COLUMNS)
         self.presence = self.tail[link.world * NUM_COLUMNS :]
-        self.running = Running(replica, link)
+        self.running = self._make_running()
+
+    def _make_running(self) -> Running:
+        return Running(self.replica, self.link)
 
     def _make_arena(self) -> Arena:
         replica, compress = self.replica, self.compress
@@ -110,7 +117,7 @@ class JoinedMean(Exchange):
             self.presence.fill_(1.0)
         else:
             self.presence[[self.position[n] for n in update.entries]] = 1.0
-        staged = self.running.stage(update.weight / replica.joined)
+        staged = self.running.stage(replica.drawn / replica.joined)
 
         self._exchange([*staged, self.tail])
 

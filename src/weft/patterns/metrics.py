@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,26 @@ from weft.errors import TaskError
 from weft.task import Task
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients; afterwards each module is in the mode in which it was, for a task may keep some in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, float]]:
     """The task's sums (float64, on the CPU) and counts; the loss is added where it is missing."""
-    parts = task.evaluate(model, batch)
+    return checked_parts(task, batch, task.evaluate(model, batch), lambda: task.loss(model, batch))
+
+
+def checked_parts(task: Task, batch: Any, parts: Any, loss: Callable[[], Any]) -> dict[str, tuple[Tensor, float]]:
+    """``parts``: what the task's evaluate returned. ``loss``: of the batch, asked for where they have none."""
     who = f"{type(task).__name__}.evaluate"
     if not isinstance(parts, Mapping):
         raise TaskError(
@@ -24,7 +42,7 @@ def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[
         )
     if "loss" not in parts:
         n = task.num_examples(batch)
-        parts = {"loss": (task.loss(model, batch) * n, n), **parts}
+        parts = {"loss": (loss() * n, n), **parts}
     checked: dict[str, tuple[Tensor, float]] = {}
     for name, pair in parts.items():
         try:

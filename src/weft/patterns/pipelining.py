@@ -15,6 +15,7 @@ from weft.patterns.base import PipelineFacts
 from weft.patterns.batches import check_loss
 from weft.patterns.pipelined import Chosen, channel_name
 from weft.patterns.randomness import seed_torch
+from weft.patterns.saved import own
 from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, whole_backward
 from weft.patterns.training import first_names
 from weft.pipelines.channels import channel_order
@@ -53,7 +54,7 @@ class PipelineWork:
         #: by stage
         self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
         self.program, self.stages = chosen.program, chosen.stages
-        self.cuts = Cuts(task, model)
+        self.cuts = Cuts(task, model, [item.name for item in facts.items[:-1]])
         orders = channel_order(self.program)
         self.out = {to: Channel(groups[channel_name(place, to)], True) for at, to in orders if at == place}
         self.into = {at: Channel(groups[channel_name(at, place)], False) for at, to in orders if to == place}
@@ -103,7 +104,7 @@ class PipelineWork:
             elif (after := self.program.placement[stage + 1]) == self.place:
                 kept[stage + 1] = tensors_of(made)
             else:
-                self.out[after].send(("evaluate", stage + 1), tensors_of(made))
+                self.out[after].send(("evaluate", stage + 1), [own(t) for t in tensors_of(made)])
         for channel in self.out.values():
             channel.flush()
         return result
@@ -174,4 +175,4 @@ class Step:
         tensors = tensors_of(made)
         leaves = [t for t in tensors_of(given) if t.requires_grad]
         self.ran[stage, microbatch] = Ran(leaves, [t for t in tensors if t.is_floating_point()])
-        return [t.detach() for t in tensors]
+        return [own(t).detach() for t in tensors]

@@ -29,7 +29,7 @@ from weft.patterns.batches import Batches, check_loss, check_map_style, groups_o
 from weft.patterns.compression import momentum_of, set_momentum
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.late import why_not
-from weft.patterns.metrics import Totals, evaluate_batch
+from weft.patterns.metrics import Totals, evaluate_batch, evaluating
 from weft.patterns.randomness import host_state_kept, seed_everything
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
@@ -102,9 +102,9 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
             "an optimizer that takes one gradient per step, such as SGD or AdamW."
         ) from error
     params_before = snapshot(params)
-    with torch.no_grad():
-        model.eval()
-        sums = evaluate_batch(task, model, Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2))))
+    held_out = Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2)))
+    with evaluating(model):
+        sums = evaluate_batch(task, model, held_out)
     writes += [f"{name}.evaluate writes to parameter {n}" for n in written(params, params_before)]
     del params_before
     shapes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
@@ -137,7 +137,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         optimizer=type(optimizer).__name__,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
-        **pattern.learn(task, model, batch_of, config),
+        **pattern.learn(task, model, batch_of, held_out, config),
         made_whole=made_whole,
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )
@@ -229,7 +229,6 @@ MAX_REPEATS, REPEAT_S = 3, 1.0
 def step_seconds(task: Task, model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> Seconds:
     """Of a step that is not the first, which has made what is made once; the quickest of some, for whatever disturbs makes it longer."""
     found: list[Seconds] = []
-    model.train()
     begin = time.perf_counter()
     while len(found) < MAX_REPEATS and time.perf_counter() - begin < REPEAT_S:
         optimizer.zero_grad()

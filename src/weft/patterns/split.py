@@ -213,7 +213,9 @@ class SplitPattern(Pattern):
 
     # -- what it can do
 
-    def learn(self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], config: Config) -> dict[str, Any]:
+    def learn(
+        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+    ) -> dict[str, Any]:
         from weft.patterns.blocks import find_blocks
 
         layout = self.layout(config.workers)
@@ -227,8 +229,11 @@ class SplitPattern(Pattern):
         if layout.pipeline > 1:
             from weft.patterns.stages import learn as learn_stages
 
+            parted = learned["tensor"].parted if layout.tensor > 1 else ()
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
-            learned["pipeline"] = learn_stages(task, model, batch, -(-share // microbatches), microbatches)
+            learned["pipeline"] = learn_stages(
+                task, model, batch, held_out, -(-share // microbatches), microbatches, parted
+            )
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -513,10 +518,14 @@ class SplitPattern(Pattern):
                 result.append(
                     f"compress={self.codec} leaves whole what several workers hold alike: {summed_up(several)}"
                 )
-        if layout.shares > 1 and any(b.running for b in facts.buffers):
+        if any(b.running for b in facts.buffers) and (layout.shares > 1 or layout.pipeline > 1):
+            piece = "micro-batch by itself" if layout.pipeline > 1 else "worker's share by itself"
+            joined = (
+                "; statistics are averaged over shares, weighted by examples, at each step (integer ones: the largest)"
+            )
             result.append(
-                "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "
-                "workers, weighted by examples, at each step (integer ones: the largest)"
+                f"running buffers (BatchNorm): each {piece} is normalised, so this is not the model that one process trains"
+                + (joined if layout.shares > 1 else "")
             )
         return result
 

@@ -35,8 +35,8 @@ from weft.patterns.copies import held_by_several
 from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
-from weft.patterns.mean import JoinedMean
-from weft.patterns.metrics import evaluate_batch
+from weft.patterns.mean import JoinedMean, Running
+from weft.patterns.metrics import checked_parts
 from weft.patterns.optimizer_state import (
     LARGE,
     described,
@@ -124,9 +124,10 @@ class SplitReplica(Replica):
             assert self.ctx.facts.tensor is not None
             tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR], lambda module: self._give(later, module))
         if self.layout.sharded > 1:
-            self._shard(model, mesh[SHARDED], later)
+            self._shard(model, mesh, later)
         else:
             self._give(later, model)
+            self._know_whole(model, model, mesh)
         if self.chosen is not None:
             self._keep_stages(model, self.chosen)
         return model
@@ -148,12 +149,19 @@ class SplitReplica(Replica):
         self.at_end.enter_context(process_groups(self.link, groups))
         return init_device_mesh("cpu", tuple(getattr(self.layout, a) for a in axes), mesh_dim_names=tuple(axes))
 
+    def _know_whole(self, model: nn.Module, part: nn.Module, mesh: DeviceMesh) -> None:
+        if self.layout.tensor > 1:
+            assert self.ctx.facts.tensor is not None
+            tensors.make_whole(model, part, self.ctx.facts.tensor.within, self.first_names, mesh[TENSOR])
+
     def _shard(self, model: nn.Module, mesh: DeviceMesh, later: Later | None) -> None:
         for block in find_blocks(self.task, model).values():
             self._give(later, block)
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.pattern.gathers_twice)
+            self._know_whole(model, block, mesh)
+            fully_shard(block, mesh=mesh[SHARDED], reshard_after_forward=self.pattern.gathers_twice)
         self._give(later, model)
-        fully_shard(model, mesh=mesh)
+        self._know_whole(model, model, mesh)
+        fully_shard(model, mesh=mesh[SHARDED])
         room = Room()
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -200,9 +208,10 @@ class SplitReplica(Replica):
 
     def _compute(self, draw: Draw) -> tuple[float, float, float]:
         done = self._flow(draw) if self.work is not None else super()._compute(draw)
-        for p in self.params.values():  # of an embedding whose rows are cut torch leaves a sum that is still to be made
-            if isinstance(p.grad, DTensor) and p.grad.placements != cast(DTensor, p).placements:
-                p.grad = p.grad.redistribute(placements=cast(DTensor, p).placements)
+        for p in self.params.values():
+            # of an embedding whose rows are cut, and of what is used within a pair, torch leaves a sum that is still to be made
+            if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
+                p.grad = p.grad.redistribute(placements=p.placements)
         if self.work is not None:
             self._join_tied()
         return done
@@ -250,10 +259,18 @@ class SplitReplica(Replica):
         if self.work is None:
             parts = super()._evaluate(batch)
         else:
-            parts = self.work.evaluate(lambda: evaluate_batch(self.task, self.model, batch)) or {}
+            parts = self._evaluate_in_stages(self.work, batch)
         # what all who draw this share have computed counts once
         joined = {n: (whole(total), count) for n, (total, count) in parts.items()}
         return joined if self.tells else {}
+
+    def _evaluate_in_stages(self, work: PipelineWork, batch: Any) -> Mapping[str, tuple[Tensor, float]]:
+        """Nothing, but where the last stage is."""
+        task, model, facts = self.task, self.model, self.ctx.facts.pipeline
+        assert facts is not None
+        parts = work.evaluate(lambda: task.evaluate(model, batch))
+        loss = work.evaluate(lambda: task.loss(model, batch)) if facts.loss_aside else None
+        return {} if parts is None else checked_parts(task, batch, parts, lambda: loss)
 
     def _seconds_in_links(self) -> float:
         links = [self.link, *(link for name, link in self.ctx.groups.items() if name not in self.carried_aside)]
@@ -360,6 +377,12 @@ class SplitMean(JoinedMean):
         if self.given is not None:
             self.given = Update({n: Dense(local(t)) for n, t in named(update)}, update.weight)
         return joined
+
+    def _make_running(self) -> Running:
+        """Of those that draw a share together, one computes each buffer for all."""
+        replica, place = self.replica, self.replica.place
+        own = {n for n in replica.running if place[TENSOR] == 0 and replica.holders(n)[0] == place[PIPELINE]}
+        return Running(replica, self.link, replica.running.keys() - own)
 
     def _fill_arena(self, update: Update) -> None:
         super()._fill_arena(Update({n: Dense(local(t)) for n, t in named(update)}, update.weight))

@@ -12,23 +12,29 @@ block, with the loss.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from weft.errors import Incompatible, TaskError
 from weft.patterns.base import ItemFact, PipelineFacts
 from weft.patterns.blocks import find_blocks
+from weft.patterns.metrics import evaluating
 from weft.patterns.saved import own
 from weft.task import Task
 
 REST = "the rest"  # the item after the last block
 REPEATS = 3
+
+
+CALLED = "_call_impl"  # of a module: forward with all its hooks, which may exchange what forward has made
 
 
 class Left(BaseException):
@@ -40,36 +46,35 @@ class Left(BaseException):
 
 
 class Cuts:
-    """The blocks of a model, each of which is told at each pass whether it computes."""
+    """Blocks of a model, each of which is told at each pass whether it computes."""
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        self.task, self.model = task, model
-        blocks = find_blocks(task, model)
-        self.names, self.blocks = list(blocks), list(blocks.values())
+    def __init__(self, task: Task, model: nn.Module, names: Sequence[str]) -> None:
+        self.task, self.model, self.names = task, model, list(names)
+        modules = dict(model.named_modules())
+        self.blocks = [modules[name] for name in names]
         self.begin, self.end = 0, len(self.blocks) + 1  # items of the stage that runs
         self.given: Any = None  # what the block before them returned
         self.reached = 0  # items done
         #: Hears what each block has made, and says what goes on in its place.
         self.on_made: Callable[[int, Any], Any] | None = None
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
-        self._forwards = [block.forward for block in self.blocks]
         for k, block in enumerate(self.blocks):
-            block.forward = self._instead_of(block.forward, k)
+            vars(block)[CALLED] = self._instead_of(block._call_impl, k)
 
     def undo(self) -> None:
-        for block, forward in zip(self.blocks, self._forwards, strict=True):
-            block.forward = forward
+        for block in self.blocks:
+            del vars(block)[CALLED]
 
-    def _instead_of(self, forward: Callable[..., Any], k: int) -> Callable[..., Any]:
+    def _instead_of(self, call: Callable[..., Any], k: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if k != self.reached:
                 raise TaskError(out_of_order(self.task, self.names, k, self.reached))
             if k == self.begin - 1:
                 made = self.given
             elif k < self.begin - 1:
-                made = self._shape(k, forward, args, kwargs)
+                made = self._shape(k, call, args, kwargs)
             else:
-                made = forward(*args, **kwargs)
+                made = call(*args, **kwargs)
                 if self.on_made is not None:
                     made = self.on_made(k, made)
             self.reached = k + 1
@@ -79,7 +84,7 @@ class Cuts:
 
         return run
 
-    def _shape(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _shape(self, k: int, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What the block would make, without numbers."""
         leaves, spec = tree_flatten((args, kwargs))
         key = (
@@ -90,7 +95,7 @@ class Cuts:
         )
         if key not in self._shapes:
             with torch.no_grad():
-                self._shapes[key] = tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, forward(*args, **kwargs))
+                self._shapes[key] = tree_map(lambda t: own(t) if isinstance(t, Tensor) else t, call(*args, **kwargs))
         return tree_map(lambda t: torch.empty_like(t) if isinstance(t, Tensor) else t, self._shapes[key])
 
     def run(self, code: Callable[[], Any], begin: int, end: int, given: Any) -> Any:
@@ -103,7 +108,7 @@ class Cuts:
                 with Before(self):
                     made = code()
         except Left as left:
-            made = left.made
+            made = tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, left.made)
         finally:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
@@ -140,7 +145,10 @@ ASKS = {getattr(Tensor, name).__get__ for name in ("is_meta", "shape", "device",
 def out_of_order(task: Task, names: Sequence[str], now: int, reached: int) -> str:
     who = type(task).__name__
     if now < reached:
-        return f"{who}'s model runs block {names[now]!r} twice in a forward pass: a pipeline needs each block once. Make one block of what runs between."
+        return (
+            f"{who}'s model runs block {names[now]!r} twice in one loss or evaluate: a pipeline needs each block once. Compute all from one run of the "
+            "model, or make one block of what runs between."
+        )
     return f"{who}'s model runs block {names[now]!r} before {names[reached]!r}: a pipeline needs them in the order of blocks(model), one after the other."
 
 
@@ -157,12 +165,19 @@ def rebuilt(made_of: int, tensors: Sequence[Tensor]) -> Any:
 
 
 def made_of(made: Any) -> int:
-    """-1: neither a tensor nor a tuple or list of tensors."""
+    """-1: neither a tensor nor a plain tuple of tensors, as which it would come out of a cut."""
     if isinstance(made, Tensor):
         return 0
-    if isinstance(made, tuple | list) and made and all(isinstance(t, Tensor) for t in made):
+    if type(made) is tuple and made and all(isinstance(t, Tensor) for t in made):
         return len(made)
     return -1
+
+
+def kind_of(made: Any) -> str:
+    """In words: "tensor", "tuple of 2 (Tensor, tuple)"."""
+    if isinstance(made, tuple | list):
+        return f"{type(made).__name__} of {len(made)} ({', '.join(type(each).__name__ for each in made)})"
+    return "tensor" if isinstance(made, Tensor) else type(made).__name__
 
 
 # -- looking at a model
@@ -172,7 +187,8 @@ MADE_AT = "_weft_made_at"  # the item at which a tensor was computed from parame
 
 
 class Uses(TorchFunctionMode):
-    """At which items parameters and buffers are used; refuses what passes from one item to another beside the blocks' results."""
+    """At which items parameters and buffers are used; refuses what passes from one item to another beside the blocks' results: tensors, and
+    what is written into tensors that another item has made."""
 
     def __init__(self, cuts: Cuts) -> None:
         super().__init__()
@@ -180,10 +196,21 @@ class Uses(TorchFunctionMode):
         model = cuts.model
         self.names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
         self.found: dict[str, set[int]] = {n: set() for n in self.names.values()}
+        #: By memory, the item at which it was filled: of the batch BEFORE; of the model's own state none.
+        self._born: dict[Memory, int | None] = {}
+        self._passed: dict[Memory, int] = {}  # by memory, the block that returned it
+
+    def begin(self, batch: Any) -> None:
+        """A pass."""
+        model = self.cuts.model
+        self._born = {memory_of(t): BEFORE for t in tensors_of(batch)}
+        self._born |= {memory_of(t): None for t in (*model.parameters(), *model.buffers())}
+        self._passed = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         now, learned = self.cuts.reached, False
-        for t in tensors_of((args, kwargs or {})):
+        given = tensors_of((args, kwargs or {}))
+        for t in given:
             if id(t) in self.names:
                 self.found[self.names[id(t)]].add(now)
                 learned |= isinstance(t, nn.Parameter)
@@ -191,10 +218,52 @@ class Uses(TorchFunctionMode):
                 if made_at < now:
                     raise TaskError(skips(self.cuts, now, func))
                 learned = True
+        versions = [t._version for t in given]
         result = func(*args, **(kwargs or {}))
+        for t, version in zip(given, versions, strict=True):
+            if t._version != version:
+                self._written(memory_of(t), now, func)
+        for t in tensors_of(result):
+            self._born.setdefault(memory_of(t), now)
         if learned:
             mark(result, now)
         return result
+
+    def passes(self, k: int, made: Any) -> None:
+        """Block ``k`` has returned it."""
+        mark(made, k + 1)
+        for t in tensors_of(made):
+            self._passed[memory_of(t)] = k
+
+    def _written(self, memory: Memory, now: int, func: Any) -> None:
+        names, how = self.cuts.names, getattr(func, "__name__", func)
+        who, born = f"{type(self.cuts.task).__name__}'s model", self._born.get(memory, now)
+        if memory in self._passed:
+            raise TaskError(
+                f"after block {names[self._passed[memory]]!r}, {who} changes in place what that block returned ({how}): a pipeline may send it to another "
+                f"worker there, and needs it as it was. {OUT_OF_PLACE}"
+            )
+        if born == BEFORE:
+            raise TaskError(
+                f"{who} changes its batch in place ({how}), and each stage of a pipeline takes the batch up anew. {OUT_OF_PLACE}"
+            )
+        if born is not None and born < now:
+            raise TaskError(
+                f"after block {names[now - 1]!r}, {who} changes in place what it made before that block ended ({how}): another worker's stage would not "
+                f"see the change. {OUT_OF_PLACE}"
+            )
+
+
+OUT_OF_PLACE = "Make a new tensor: x = x + y in place of x += y, ReLU() in place of ReLU(inplace=True)."
+
+
+BEFORE = -1  # any item
+Memory = StorageWeakRef | None
+
+
+def memory_of(tensor: Tensor) -> Memory:
+    """Views of the same numbers share it. None: it has none of its own."""
+    return StorageWeakRef(tensor.untyped_storage()) if tensor.layout == torch.strided else None
 
 
 def mark(made: Any, item: int) -> None:
@@ -212,39 +281,72 @@ def skips(cuts: Cuts, item: int, func: Any) -> str:
 
 
 def learn(
-    task: Task, model: nn.Module, batch_of: Callable[[int], Any], examples: int, microbatches: int
+    task: Task,
+    model: nn.Module,
+    batch_of: Callable[[int], Any],
+    held_out: Any,
+    examples: int,
+    microbatches: int,
+    parted: Collection[str] = (),
 ) -> PipelineFacts:
-    """``examples``: of each of the ``microbatches``. Leaves the model's gradients as they were."""
+    """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. ``parted``: blocks after which there is no cut. Leaves
+    the model's gradients as they were."""
     batch = batch_of(examples)
     who = type(task).__name__
-    blocks = find_blocks(task, model)
+    blocks = [name for name in find_blocks(task, model) if name not in parted]
     if not blocks:
         raise Incompatible(
             f"{who}'s model has no blocks that run one after the other, so there is nothing to cut: give the task blocks(model), or use --pattern sharded."
         )
-    cuts = Cuts(task, model)
+    cuts = Cuts(task, model, blocks)
+    uses = Uses(cuts)
     kinds: list[int] = []
 
     def note(k: int, made: Any) -> Any:
         kinds.append(made_of(made))
         if kinds[-1] < 0:
             raise Incompatible(
-                f"block {cuts.names[k]!r} of {who}'s model returns a {type(made).__name__}: a pipeline passes on a tensor, or a tuple of tensors. "
+                f"block {cuts.names[k]!r} of {who}'s model returns a {kind_of(made)}: a pipeline passes on a tensor, or a plain tuple of tensors. "
                 "Return that, or choose other blocks by the task's blocks(model)."
             )
-        mark(made, k + 1)
+        uses.passes(k, made)
         return made
 
-    before = {n: p.grad for n, p in model.named_parameters()}
-    try:
-        cuts.on_made = note
-        with Uses(cuts) as uses, torch.no_grad():
-            cuts.run(lambda: task.loss(model, batch), 0, len(blocks) + 1, None)
+    def look(code: Callable[[], Any], batch: Any) -> tuple[list[int], Any]:
+        """What the blocks make, and what the code returns."""
+        kinds.clear()
+        uses.begin(batch)
+        with uses, torch.no_grad():
+            returned = cuts.run(code, 0, len(blocks) + 1, None)
         if len(kinds) < len(blocks):
             raise Incompatible(
-                f"{who}'s loss does not run block {cuts.names[len(kinds)]!r}: leave it out of the task's blocks(model)."
+                f"{who} does not run block {cuts.names[len(kinds)]!r} in each loss and evaluate: leave it out of the task's blocks(model)."
+            )
+        return list(kinds), returned
+
+    before = {n: p.grad for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    try:
+        cuts.on_made = note
+        made, _ = look(lambda: task.loss(model, batch), batch)
+        written = [n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])]
+        with evaluating(model):
+            made_then, parts = look(lambda: task.evaluate(model, held_out), held_out)
+            if loss_aside := "loss" not in parts:
+                look(lambda: task.loss(model, held_out), held_out)
+        if differ := [k for k, (a, b) in enumerate(zip(made, made_then, strict=True)) if a != b]:
+            raise Incompatible(
+                f"block {cuts.names[differ[0]]!r} of {who}'s model returns one thing in training and another in evaluation (so many tensors, or one by "
+                "itself): a pipeline passes on the same at all times. Return the same in both."
             )
         found = {n: sorted(at) or [0] for n, at in uses.found.items()}
+        for n in written:
+            if len(found[n]) > 1:
+                raise TaskError(
+                    f"{who}'s model writes to buffer {n!r} in a training step, and uses it before and after the end of block "
+                    f"{cuts.names[found[n][0]]!r}: a pipeline may cut there, and each side would have its own. Give each block a buffer of its own, or make "
+                    "one block of those that share it (the task's blocks(model))."
+                )
         params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
         items = profile(task, model, cuts, batch, weights)
@@ -252,7 +354,9 @@ def learn(
         cuts.undo()
         for n, p in model.named_parameters():
             p.grad = before[n]
-    return PipelineFacts(items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches)
+    return PipelineFacts(
+        items=items, uses=found, made_of=made, loss_aside=loss_aside, examples=examples, microbatches=microbatches
+    )
 
 
 def profile(

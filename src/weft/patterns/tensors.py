@@ -14,7 +14,7 @@ import copy
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,11 +31,13 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.utils._pytree import tree_flatten
 
 from weft.comm.link import Op, SoloLink
 from weft.comm.torch_backend import process_groups
 from weft.errors import CommError, Incompatible, TaskError, WeftError
 from weft.patterns.base import TensorFacts
+from weft.patterns.blocks import find_blocks
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
 
@@ -72,6 +74,21 @@ def cut(
     for (first, first_name), *others in tied:
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
+
+
+def make_whole(
+    model: nn.Module, part: nn.Module, names: Collection[str], first: Mapping[str, str], mesh: DeviceMesh
+) -> None:
+    """Parameters of ``part`` of these ``names`` become DTensors that each worker has whole, so that torch knows what to make of their
+    gradients. ``first``: by each name in ``model``, the first of its names."""
+    made: dict[int, nn.Parameter] = {}
+    inside = set(part.modules())
+    for prefix, module in model.named_modules():
+        for name, p in list(module.named_parameters(recurse=False)) if module in inside else ():
+            known = first[f"{prefix}.{name}" if prefix else name]
+            if known in names and not isinstance(p, DTensor):
+                whole = DTensor.from_local(p.detach(), mesh, [Replicate()], run_check=False)
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(whole, requires_grad=p.requires_grad))
 
 
 def style_of(style: str) -> ParallelStyle:
@@ -153,19 +170,32 @@ class Pair:
 def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
     """How to cut this model over ``degree`` workers, and what a step then exchanges. Incompatible where nothing can be cut."""
     left: dict[str, str] = {}
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    calls = observe(task, model, batch)
+    running = [n for n, b in model.named_buffers() if not torch.equal(b, before[n])]
     if asked := task.tensor_plan(model):
         styles = check_plan(task, model, asked, degree)
-        return rehearse(task, model, batch, styles, degree, left, timed=True)
-    calls = observe(task, model, batch)
+        try:
+            return rehearse(task, model, batch, styles, degree, left, timed=True, running=running)
+        except BufferLost as lost:
+            raise Incompatible(
+                f"{type(task).__name__}.tensor_plan cuts what writes to buffer {lost}, which would stay as it is: leave out the Linears round it."
+            ) from None
     pairs = find_pairs(calls)
     styles = {}
     facts: TensorFacts | None = None
     exchanges: dict[tuple[str, ...], int] = {}
+    why_not: dict[tuple[str, ...], str] = {}
     for pair in pairs:
         kind = tuple(without_numbers(name) for name in pair.styles)  # of blocks that repeat, one is tried
         if kind not in exchanges:
-            exchanges[kind] = try_out(task, model, batch, pair, degree)
-        if exchanges[kind] > (
+            try:
+                exchanges[kind] = try_out(task, model, batch, pair, degree, running)
+            except BufferLost as lost:
+                exchanges[kind], why_not[kind] = 0, f"buffer {lost} between them would not be written to"
+        if kind in why_not:
+            left |= dict.fromkeys(pair.styles, why_not[kind])
+        elif exchanges[kind] > (
             needed := 1 + len(pair.columns)
         ):  # of what the row makes; backward, of what each column was given
             why = f"what lies between them needs all of it: {exchanges[kind]} exchanges instead of {needed}"
@@ -175,9 +205,10 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
     ends, whole_ends = find_ends(calls, degree)
     left |= whole_ends
     if not styles and not ends:
+        why = "; ".join(f"{name} stays whole, for {why}" for name, why in left.items())
         raise Incompatible(
-            f"tensor={degree}: {type(task).__name__}'s model has no Linears that feed one another, so there is nothing to cut: use --pattern sharded, "
-            "or say what to cut by the task's tensor_plan(model)."
+            f"tensor={degree}: {type(task).__name__}'s model has no Linears that feed one another and can be cut, so there is nothing to do"
+            f"{f' ({why})' if why else ''}: use --pattern sharded, or say what to cut by the task's tensor_plan(model)."
         )
     if ends:
         try:
@@ -283,7 +314,11 @@ def fits(made: Sequence[int], taken: int) -> bool:
     return taken == max(made) if len(made) > 1 else made[0] in [k * taken for k in FUSED]
 
 
-def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -> int:
+class BufferLost(Exception):
+    """A step leaves it as it was, for it wrote to a copy: torch's BatchNorm on channels in parts."""
+
+
+def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int, running: Sequence[str]) -> int:
     """Exchanges of a step in which this pair alone is cut. Incompatible where it cannot be."""
     modules = dict(model.named_modules())
     cure = "Use another degree, change the model, or say what to cut by the task's tensor_plan(model)."
@@ -291,8 +326,8 @@ def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int) -
         if why := indivisible(modules[name], style, degree):
             raise Incompatible(f"tensor={degree} cannot cut {pair}: of {name}, {why}. {cure}")
     try:
-        return rehearse(task, model, batch, pair.styles, degree, {}).exchanges
-    except WeftError:
+        return rehearse(task, model, batch, pair.styles, degree, {}, running=running).exchanges
+    except (WeftError, BufferLost):
         raise
     except Exception as error:  # whatever DTensor makes of the code between them
         raise Incompatible(
@@ -357,9 +392,12 @@ def rehearse(
     degree: int,
     left: Mapping[str, str],
     timed: bool = False,
+    running: Sequence[str] = (),
 ) -> TensorFacts:
-    """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut."""
-    model = copy.deepcopy(model).train()
+    """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut, and BufferLost for one of
+    ``running``, which a step writes to."""
+    model = copy.deepcopy(model)
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
     link = Rehearsal(degree)
     with process_groups(link):
         cut(model, styles, init_device_mesh("cpu", (degree,), mesh_dim_names=("tensor",)))
@@ -375,6 +413,7 @@ def rehearse(
             activation_bytes=0,
             left=dict(left),
         )
+        parted = note_parted(find_blocks(task, model))
         saved = SavedBytes(model)
         link.calls = link.nbytes = 0
 
@@ -389,6 +428,10 @@ def rehearse(
                 loss.backward()
 
         step(saved)
+        within = [n for n, p in model.named_parameters() if isinstance(p.grad, DTensor) and not isinstance(p, DTensor)]
+        for name, buffer in model.named_buffers():
+            if name in running and torch.equal(buffer, buffers[name]):
+                raise BufferLost(name)
         exchanged, exchanges = link.nbytes, link.calls
         compute_s = math.inf
         for _ in range(REPEATS if timed else 0):
@@ -398,10 +441,29 @@ def rehearse(
     return TensorFacts(
         styles=facts.styles,
         parameters=facts.parameters,
+        within=within,
         exchanged=exchanged,
         exchanges=exchanges,
         degree=degree,
         compute_s=compute_s if timed else 0.0,
         activation_bytes=saved.total,
         left=facts.left,
+        parted=list(parted),
     )
+
+
+def note_parted(blocks: Mapping[str, nn.Module]) -> dict[str, None]:
+    """Fills with the names of those that return a tensor in parts."""
+    found: dict[str, None] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, args: Any, made: Any) -> None:
+            leaves = tree_flatten(made)[0]
+            if any(isinstance(t, DTensor) and not all(at.is_replicate() for at in t.placements) for t in leaves):
+                found[name] = None
+
+        return note
+
+    for name, block in blocks.items():
+        block.register_forward_hook(hook(name))
+    return found

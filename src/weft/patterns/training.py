@@ -28,7 +28,7 @@ from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss
 from weft.patterns.feeds import make_feed, readable
-from weft.patterns.metrics import Totals, evaluate_batch
+from weft.patterns.metrics import Totals, evaluate_batch, evaluating
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
 from weft.patterns.randomness import host_state, host_state_kept, seed_everything, seed_torch, set_host_state
 from weft.resilience.checkpoint import unlike
@@ -150,6 +150,7 @@ class Replica:
         self.step = 0
         self.averaged_over = self.shares  # shares whose gradients will be joined
         self.joined = 0.0  # examples that these draw in this step, as far as can be known
+        self.drawn = 0.0  # the weight of this worker's share of them
         self.epoch_ended = False
         self.report = StepReport()
         self.attached = Update()  # the newest own one: its entries are the parameters' gradients
@@ -205,6 +206,7 @@ class Replica:
             p.grad = None
         data_s, loss_sum, weight = self._compute(draw)
         update = self._collect(weight)
+        self.drawn = weight
         r = self.report
         r.losses, r.weights, r.examples = [loss_sum], [weight], draw.total
         r.data_s = data_s
@@ -309,7 +311,6 @@ class Replica:
 
     # -- evaluation, state ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     @host_state_kept()
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics over all ranks, the same numbers on each."""
@@ -319,10 +320,8 @@ class Replica:
         totals = Totals(self.task, ctx.facts.sums)
         mine = own_share(self.num_test, self.share, self.shares, neighbours="held-out" in ctx.facts.indexes)
         longest = math.ceil(self.num_test / self.shares) if self.computes_jointly else len(mine)
-        modes = [(module, module.training) for module in self.model.modules()]  # a task may keep some in eval mode
-        self.model.eval()
         seed_torch(key_int(self.seed, "evaluate"))
-        try:
+        with evaluating(self.model):
             for start in range(0, longest, size):
                 indices = mine[start : start + size]
                 batch = self.test_batches(indices) if len(indices) else self._spare_batch()
@@ -330,9 +329,6 @@ class Replica:
                     parts = self._evaluate(batch)
                 if len(indices):
                     totals.add(parts)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         totals.join(self.link, ctx.device)
         return totals.summary()
 
