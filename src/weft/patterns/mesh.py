@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from weft.errors import Incompatible
 from weft.patterns.layout import AXES, Layout
-from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
+from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
 
 
@@ -41,6 +41,7 @@ class Mesh(SplitPattern):
     schedule: str = field(default="auto", metadata=SCHEDULE)
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
+    chunks: int = field(default=1, metadata=CHUNKS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +51,7 @@ class Mesh(SplitPattern):
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined != Pipelined():
             raise Incompatible(
-                "schedule, microbatches and stages_per_worker are of a pipeline: add -o pipeline=2, or leave them out."
+                "schedule, microbatches, stages_per_worker and chunks are of a pipeline: add -o pipeline=2, or leave them out."
             )
         if self.pipeline > 1 and self.sharded > 1:
             raise Incompatible(
@@ -60,7 +61,7 @@ class Mesh(SplitPattern):
 
     @property
     def pipelined(self) -> Pipelined:
-        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker)
+        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker, self.chunks)
 
     def layout(self, workers: int) -> Layout:
         layout = Layout(self.data, self.pipeline, self.sharded, self.tensor)

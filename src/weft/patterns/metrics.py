@@ -16,15 +16,27 @@ from weft.task import Task
 
 def evaluate_batch(task: Task, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, float]]:
     """The task's sums (float64, on the CPU) and counts; the loss is added where it is missing."""
+    parts = task_sums(task, model, batch)
+    return checked_sums(task, parts if "loss" in parts else {"loss": loss_sum(task, model, batch), **parts})
+
+
+def task_sums(task: Task, model: nn.Module, batch: Any) -> Mapping[str, Any]:
     parts = task.evaluate(model, batch)
-    who = f"{type(task).__name__}.evaluate"
     if not isinstance(parts, Mapping):
         raise TaskError(
-            f"{who} returned {type(parts).__name__}: return a dict such as {{'accuracy': (num_correct, num_examples)}}."
+            f"{type(task).__name__}.evaluate returned {type(parts).__name__}: return a dict such as "
+            "{'accuracy': (num_correct, num_examples)}."
         )
-    if "loss" not in parts:
-        n = task.num_examples(batch)
-        parts = {"loss": (task.loss(model, batch) * n, n), **parts}
+    return parts
+
+
+def loss_sum(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+    n = task.num_examples(batch)
+    return task.loss(model, batch) * n, n
+
+
+def checked_sums(task: Task, parts: Mapping[str, Any]) -> dict[str, tuple[Tensor, float]]:
+    who = f"{type(task).__name__}.evaluate"
     checked: dict[str, tuple[Tensor, float]] = {}
     for name, pair in parts.items():
         try:

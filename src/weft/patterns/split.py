@@ -26,6 +26,7 @@ from weft.patterns.pipelined import (
     AUTO,
     Chosen,
     Pipelined,
+    bound,
     channel_name,
     choose,
     goes_by_link,
@@ -45,6 +46,7 @@ from weft.patterns.prediction import (
     scaled,
     step_parts,
 )
+from weft.payoff import format_time
 from weft.pipelines.channels import channel_order
 from weft.plan import LinkPlan, StepPlan
 from weft.update import ClipNorm
@@ -63,6 +65,13 @@ DEGREES = ("degree", "stages", "replicas", *AXES)  # options that count workers
 
 def summed_up_range(first: str, last: str) -> str:
     return first if first == last else f"{first} to {last}"
+
+
+def in_chunks(steps: list[int]) -> str:
+    if not steps:
+        return ""
+    each = str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]} or {steps[-1]}"
+    return f", each in {len(steps)} time chunks of {each} steps, a wavefront"
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class SplitPattern(Pattern):
         asked, open_facts = self.pipelined, facts.pipeline
         of = (
             f"{self.layout(workers)}, {len(open_facts.items)} parts, {open_facts.microbatches} micro-batches, schedule={asked.schedule}, "
-            f"stages_per_worker={asked.per_worker}"
+            f"stages_per_worker={asked.per_worker}, chunks={asked.chunks}"
         )
         if kept is None or kept.of != of:
             chosen = choose(facts, asked, self.layout(workers).pipeline)
@@ -200,9 +209,12 @@ class SplitPattern(Pattern):
             learned["tensor"] = learn(task, model, batch(share), layout.tensor)
         if layout.pipeline > 1:
             from weft.patterns.stages import learn as learn_stages
+            from weft.patterns.wavefront import learn as learn_chunks
 
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
-            learned["pipeline"] = learn_stages(task, model, batch, -(-share // microbatches), microbatches)
+            examples = -(-share // microbatches)
+            known = learn_stages(task, model, batch, examples, microbatches)
+            learned["pipeline"] = learn_chunks(task, model, batch(examples), known, self.pipelined.chunks)
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -432,7 +444,15 @@ class SplitPattern(Pattern):
                 result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {between}")
             result.append(
                 f"{facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples flow through the stages"
+                + in_chunks(facts.pipeline.chunks)
             )
+            if (limit := bound(facts.pipeline)) is not None:
+                at_least_s, alone_s = limit
+                chunks = len(facts.pipeline.chunks) or 1
+                result.append(
+                    f"each time step waits for the one before: with chunks={chunks} a step computes for at least {format_time(at_least_s)}, at most "
+                    f"{alone_s / at_least_s:.2g}x quicker than one process ({format_time(alone_s)}), however many workers"
+                )
         if facts.tensor:
             result += facts.tensor.in_words()
         if layout.sharded > 1 and facts.blocks:

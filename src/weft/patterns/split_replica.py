@@ -32,7 +32,7 @@ from weft.patterns.elementwise import ELEMENTWISE, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean
-from weft.patterns.metrics import evaluate_batch
+from weft.patterns.metrics import checked_sums, loss_sum, task_sums
 from weft.patterns.optimizer_state import (
     LARGE,
     described,
@@ -65,6 +65,7 @@ class SplitReplica(Replica):
         self.place = self.layout.place(ctx.rank)
         self.chosen = pattern.chosen(ctx.facts, ctx.world)
         self.work: PipelineWork | None = None
+        self.adds_loss: bool | None = None  # the task's evaluation leaves it out; None: nobody has looked
         #: Of the workers that draw the same share, the one that tells of it.
         self.tells = self.place[TENSOR] == 0 and (
             self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
@@ -246,10 +247,20 @@ class SplitReplica(Replica):
         if self.work is None:
             parts = super()._evaluate(batch)
         else:
-            parts = self.work.evaluate(lambda: evaluate_batch(self.task, self.model, batch)) or {}
+            parts = self._evaluate_in_stages(self.work, batch)
         # what all who draw this share have computed counts once
         joined = {n: (whole(total), count) for n, (total, count) in parts.items()}
         return joined if self.tells else {}
+
+    def _evaluate_in_stages(self, work: PipelineWork, batch: Any) -> Mapping[str, tuple[Tensor, float]]:
+        """The same as ``evaluate_batch``, whose second run of the model, for the loss, has to be one of all stages; empty where the last is not."""
+        parts = work.evaluate(lambda: task_sums(self.task, self.model, batch))
+        if self.adds_loss is None:
+            self.adds_loss = any(tell_all(self.link_on(PIPELINE), parts is not None and "loss" not in parts))
+        loss = work.evaluate(lambda: loss_sum(self.task, self.model, batch)) if self.adds_loss else None
+        if parts is None:
+            return {}
+        return checked_sums(self.task, {"loss": loss, **parts} if self.adds_loss else parts)
 
     def _seconds_in_links(self) -> float:
         links = [self.link, *(link for name, link in self.ctx.groups.items() if name not in self.carried_aside)]

@@ -49,15 +49,15 @@ class Cuts:
         self.begin, self.end = 0, len(self.blocks) + 1  # items of the stage that runs
         self.given: Any = None  # what the block before them returned
         self.reached = 0  # items done
-        #: Hears what each block has made, and says what goes on in its place.
-        self.on_made: Callable[[int, Any], Any] | None = None
+        #: Computes a block: (which, its forward, args, kwargs) -> what goes on.
+        self.compute: Callable[[int, Callable[..., Any], Any, Any], Any] = plainly
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
-        self._forwards = [block.forward for block in self.blocks]
+        self.forwards = [block.forward for block in self.blocks]
         for k, block in enumerate(self.blocks):
             block.forward = self._instead_of(block.forward, k)
 
     def undo(self) -> None:
-        for block, forward in zip(self.blocks, self._forwards, strict=True):
+        for block, forward in zip(self.blocks, self.forwards, strict=True):
             block.forward = forward
 
     def _instead_of(self, forward: Callable[..., Any], k: int) -> Callable[..., Any]:
@@ -69,9 +69,7 @@ class Cuts:
             elif k < self.begin - 1:
                 made = self._shape(k, forward, args, kwargs)
             else:
-                made = forward(*args, **kwargs)
-                if self.on_made is not None:
-                    made = self.on_made(k, made)
+                made = self.compute(k, forward, args, kwargs)
             self.reached = k + 1
             if self.reached == self.end:
                 raise Left(made)
@@ -108,6 +106,10 @@ class Cuts:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
         return made
+
+
+def plainly(k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 class Before(TorchFunctionMode):
@@ -151,18 +153,23 @@ def tensors_of(made: Any) -> list[Tensor]:
     return [t for t in tree_flatten(made)[0] if isinstance(t, Tensor)]
 
 
-def rebuilt(made_of: int, tensors: Sequence[Tensor]) -> Any:
-    """``made_of``: 0, a tensor; else a tuple of so many."""
-    return tuple(tensors) if made_of else tensors[0]
+def rebuilt(made_of: Any, tensors: Sequence[Tensor]) -> Any:
+    """``made_of``: 0, a tensor; a list, a tuple of such."""
+    left = iter(tensors)
+
+    def build(of: Any) -> Any:
+        return tuple(build(each) for each in of) if of else next(left)
+
+    return build(made_of)
 
 
-def made_of(made: Any) -> int:
-    """-1: neither a tensor nor a tuple or list of tensors."""
+def made_of(made: Any) -> Any:
+    """None: neither a tensor nor a tuple or list of such."""
     if isinstance(made, Tensor):
         return 0
-    if isinstance(made, tuple | list) and made and all(isinstance(t, Tensor) for t in made):
-        return len(made)
-    return -1
+    if isinstance(made, tuple | list) and made and None not in (parts := [made_of(each) for each in made]):
+        return parts
+    return None
 
 
 # -- looking at a model
@@ -223,11 +230,12 @@ def learn(
             f"{who}'s model has no blocks that run one after the other, so there is nothing to cut: give the task blocks(model), or use --pattern sharded."
         )
     cuts = Cuts(task, model)
-    kinds: list[int] = []
+    kinds: list[Any] = []
 
-    def note(k: int, made: Any) -> Any:
+    def note(k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
         kinds.append(made_of(made))
-        if kinds[-1] < 0:
+        if kinds[-1] is None:
             raise Incompatible(
                 f"block {cuts.names[k]!r} of {who}'s model returns a {type(made).__name__}: a pipeline passes on a tensor, or a tuple of tensors. "
                 "Return that, or choose other blocks by the task's blocks(model)."
@@ -237,7 +245,7 @@ def learn(
 
     before = {n: p.grad for n, p in model.named_parameters()}
     try:
-        cuts.on_made = note
+        cuts.compute = note
         with Uses(cuts) as uses, torch.no_grad():
             cuts.run(lambda: task.loss(model, batch), 0, len(blocks) + 1, None)
         if len(kinds) < len(blocks):
@@ -288,7 +296,7 @@ class Pass:
         self.forward_s, self.saved = [0.0] * num, [0] * num
         self.input_gradient_s, self.weight_gradient_s = [0.0] * num, [0.0] * num
         self._seen = {own(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        cuts.on_made = self._made
+        cuts.compute = self._compute
         self._begun = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
             loss = cuts.run(lambda: task.loss(model, batch), 0, num, None)
@@ -298,7 +306,8 @@ class Pass:
         for k in reversed(range(num)):
             grads = self._backward(k, grads, weights[k])
 
-    def _made(self, k: int, made: Any) -> Any:
+    def _compute(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
         self.forward_s[k] = time.perf_counter() - self._begun
         given = passed(made)
         self.made.append(tensors_of(made))
