@@ -113,6 +113,7 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
     made_of: list[Any]  # by block: what it returns, a tensor (0) or a list of such
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share
+    unsplit: str = ""  # why its backward cannot be split; empty: it can
     recurrent: list[int] = []  # blocks that carry state through time, if there are any
     chunks: list[int] = []  # time steps in each chunk, as measured; none: a sequence is taken whole
     speeds: dict[str, LinkSpeed] = {}  # measured, by the name of a channel

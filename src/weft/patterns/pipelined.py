@@ -203,6 +203,7 @@ class Known:
             tuple(map(str, self.pipeline.items)),
             self.pipeline.microbatches,
             tuple(map(tuple, self.pipeline.shares)),
+            self.pipeline.unsplit,
             tuple(self.state),
             self.speed,
             tuple(sorted(self.measured.items())),
@@ -235,12 +236,21 @@ class Known:
 
 @functools.lru_cache(maxsize=16)
 def _rank(known: Known, asked: Pipelined, workers: int) -> list[Ranked]:
+    among: tuple[str, ...] = () if asked.schedule == AUTO else (asked.schedule,)
+    if known.pipeline.unsplit:
+        whole = tuple(name for name in names() if not find(name).splits_backward)
+        if among and find(asked.schedule).splits_backward:
+            raise ConfigError(
+                f"schedule={asked.schedule} splits the backward, which torch cannot do of this model ({known.pipeline.unsplit}): use "
+                f"-o schedule={AUTO}, or one of {', '.join(whole)}."
+            )
+        among = among or whole
     return rank_schedules(
         known.costs,
         workers,
         known.pipeline.microbatches,
         known.links(workers),
-        schedules=() if asked.schedule == AUTO else (asked.schedule,),
+        schedules=among,
         stages_per_rank=(asked.per_worker,) if asked.per_worker else (1, 2),
         memory_bytes=known.memory_bytes,
         cores=known.cores_of(workers),

@@ -255,22 +255,28 @@ def learn(
         found = {n: sorted(at) or [0] for n, at in uses.found.items()}
         params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
-        items = profile(task, model, cuts, batch, weights)
+        items, unsplit = profile(task, model, cuts, batch, weights)
     finally:
         cuts.undo()
         for n, p in model.named_parameters():
             p.grad = before[n]
-    return PipelineFacts(items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches)
+    return PipelineFacts(
+        items=items, uses=found, made_of=kinds, examples=examples, microbatches=microbatches, unsplit=unsplit
+    )
 
 
 def profile(
     task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
-) -> list[ItemFact]:
-    """Seconds and bytes of each item for one micro-batch; of some passes, the quickest."""
+) -> tuple[list[ItemFact], str]:
+    """Seconds and bytes of each item for one micro-batch, of some passes the quickest; and why no backward can be split (a weight that a
+    block uses several times), if so: then each half is given half of its seconds."""
     num = len(cuts.blocks) + 1
-    passes = [Pass(task, model, cuts, batch, weights) for _ in range(REPEATS)]
+    try:
+        passes, unsplit = [Pass(task, model, cuts, batch, weights) for _ in range(REPEATS)], ""
+    except Unsplit as error:
+        passes, unsplit = [Pass(task, model, cuts, batch, weights, split=False) for _ in range(REPEATS)], str(error)
     last = passes[-1]
-    return [
+    items = [
         ItemFact(
             name=cuts.names[k] if k < num - 1 else REST,
             forward_s=min(of.forward_s[k] for of in passes),
@@ -281,16 +287,27 @@ def profile(
         )
         for k in range(num)
     ]
+    return items, unsplit
+
+
+class Unsplit(Exception):
+    """torch cannot compute the gradient of a block's input first, and those of its weights later."""
 
 
 class Pass:
     """One forward and backward, item by item: each gets what the one before made as a leaf, so that its gradients end there."""
 
     def __init__(
-        self, task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
+        self,
+        task: Task,
+        model: nn.Module,
+        cuts: Cuts,
+        batch: Any,
+        weights: Sequence[Sequence[nn.Parameter]],
+        split: bool = True,
     ) -> None:
         num = len(cuts.blocks) + 1
-        self.cuts = cuts
+        self.cuts, self.split = cuts, split
         self.given: list[list[Tensor]] = [[]]
         self.made: list[list[Tensor]] = []
         self.forward_s, self.saved = [0.0] * num, [0] * num
@@ -323,11 +340,21 @@ class Pass:
         return tensor
 
     def _backward(self, k: int, grads: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        made, given = [t for t in self.made[k] if t.requires_grad], self.given[k]
+        given, floats = self.given[k], [t for t in self.made[k] if t.is_floating_point()]
+        pairs = [(t, grad) for t, grad in zip(floats, grads, strict=True) if t.requires_grad]
+        made, grads = [t for t, _ in pairs], [grad for _, grad in pairs]
         begin = time.perf_counter()
-        back, later = input_gradient(made, grads, given, weights)
-        between = time.perf_counter()
-        later()
+        if not made or not self.split:
+            back = whole_backward(made, grads, given)
+            self.input_gradient_s[k] = self.weight_gradient_s[k] = (time.perf_counter() - begin) / 2
+            return back
+        try:
+            back, later = input_gradient(made, grads, given, weights)
+            between = time.perf_counter()
+            later()
+        except RuntimeError as error:
+            name = self.cuts.names[k] if k < len(self.cuts.names) else REST
+            raise Unsplit(f"in {name}: {str(error).strip().splitlines()[0]}") from error
         self.input_gradient_s[k], self.weight_gradient_s[k] = between - begin, time.perf_counter() - between
         return back
 
@@ -337,7 +364,8 @@ class Pass:
 
 def whole_backward(made: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the weights are added up where they belong; those of what was ``given`` are returned."""
-    torch.autograd.backward(list(made), list(grads))
+    if made:
+        torch.autograd.backward(list(made), list(grads))
     return [take_grad(t) for t in given]
 
 
@@ -347,7 +375,8 @@ def input_gradient(
     """(gradients of what was given, what computes those of the weights later). Of the first stage, which was given nothing, all is later."""
     if not given:
         return [], lambda: torch.autograd.backward(list(made), list(grads))
-    _, groups = stage_backward_input(list(made), list(grads), list(given), iter(weights))
+    outputs = [t.clone() if t._is_view() else t for t in made]  # torch detaches them in place, which no view allows
+    _, groups = stage_backward_input(outputs, list(grads), list(given), iter(weights))
 
     def later() -> None:
         stage_backward_weight(iter(weights), groups)

@@ -10,7 +10,7 @@ A block carries state if it is torch's RNN, GRU or LSTM, or has an attribute ``t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class Wave:
         seams = self.seams[chunk]
         run_back([*zip(made, grads, strict=True), *((t, take_grad(leaf)) for t, leaf in seams if t.requires_grad)])
         if chunk == 0:
-            run_back(list(self._grads_of_whole()))
+            run_back(self._grads_of_whole())
         back = [take_grad(t) for t in self.given[chunk]]
         self.made[chunk], self.seams[chunk], self.given[chunk] = [], [], []
         return back
@@ -164,10 +164,9 @@ class Wave:
                 yield t, torch.cat(found, dim or 0) if len(found) > 1 else found[0]
 
 
-def run_back(pairs: Any) -> None:
+def run_back(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     able = [(t, grad) for t, grad in pairs if t.requires_grad]
-    if able:
-        whole_backward([t for t, _ in able], [grad for _, grad in able], [])
+    whole_backward([t for t, _ in able], [grad for _, grad in able], [])
 
 
 def leaves_of(made: Any) -> Any:
