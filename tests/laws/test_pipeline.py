@@ -18,6 +18,7 @@ from weft.errors import ConfigError, Incompatible, TaskError
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
+from weft.patterns.stages import input_gradient
 from weft.pipelines.schedules import names
 from weft.tasks.codelm import CodeLM
 from weft.tasks.digits import Digits
@@ -118,6 +119,19 @@ def test_the_last_batch_of_an_epoch_is_smaller(tmp_path: Path) -> None:
     """211 = 8 x 26 + 3 examples, in four micro-batches."""
     truth = train_plainly(Masked(), steps=10, batch=26, run_seed=3)
     assert distance(train(tmp_path / "run", Masked(), Pipeline(microbatches=4), 2, batch=26, steps=10), truth) <= EQUAL
+
+
+def test_the_backward_of_what_returns_a_view_is_split() -> None:
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    linear(x)[:, 1:].sum().backward()
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    truth, weights = x.grad.clone(), linear.weight.grad.clone()
+    x.grad = linear.weight.grad = linear.bias.grad = None
+    (back,), later = input_gradient([linear(x)[:, 1:]], [torch.ones(3, 3)], [x], list(linear.parameters()))
+    later()
+    assert torch.equal(back, truth)
+    assert torch.equal(linear.weight.grad, weights)
 
 
 # -- what is refused, before step 1

@@ -237,7 +237,6 @@ def test_series(tmp_path: Path, layers: int, workers: int) -> None:
 # -- what is refused, before step 1
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("net", "chunks", "kind", "says"),
     [
@@ -259,10 +258,31 @@ def test_series(tmp_path: Path, layers: int, workers: int) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_with_the_cure(
-    tmp_path: Path, net: type[nn.Module], chunks: int, kind: type[Exception], says: str
+    net: type[nn.Module], chunks: int, kind: type[Exception], says: str
 ) -> None:
+    task = Sequences(net)
+    model, (train_set, _) = task.model(), task.data()
+    batch = list(train_set[:5])
+    known = learn_stages(task, model, lambda n: batch, 5, 1)
     with pytest.raises(kind, match=says):
-        train(tmp_path / "run", Sequences(net), Pipeline(chunks=chunks), 2)
+        learn(task, model, batch, known, chunks)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"chunks": TIME + 1}, TaskError, f"use at most -o chunks={TIME}"),
+        (
+            {"schedule": "zbv"},
+            ConfigError,
+            r"schedule=zbv splits the backward, which torch cannot do of this model \(in second: .* use -o schedule=auto, or one of 1f1b",
+        ),
+    ],
+)
+def test_that_is_before_step_1(tmp_path: Path, options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says):
+        train(tmp_path / "run", Sequences(), Pipeline(**options), 2)
 
 
 def test_options_that_cannot_be() -> None:

@@ -16,7 +16,7 @@ from weft.payoff import format_rate, format_size
 from weft.pipelines.bound import sequential_s
 from weft.pipelines.channels import Channel, channel_order
 from weft.pipelines.choose import Ranked, best, in_words, rank_schedules, why
-from weft.pipelines.costs import Cost, by_chunk, by_stage, total
+from weft.pipelines.costs import Cost, by_chunk, by_stage
 from weft.pipelines.schedules import Program, find, names, program
 from weft.pipelines.simulate import Simulation, peak_activations, simulate
 
@@ -82,13 +82,10 @@ def sent_bytes(chosen: Chosen, facts: PipelineFacts) -> list[int]:
     return [round(nbytes) for nbytes in result]
 
 
-def bound(facts: PipelineFacts) -> tuple[float, float] | None:
-    """Of a recurrent model: (seconds that a step takes at least, however many workers there are; those that one worker computes)."""
-    costs = [cost_of(item) for item in facts.items]
-    alone_s = facts.microbatches * total(costs).seconds
-    if not facts.recurrent or not alone_s:
-        return None
-    return sequential_s(by_chunk(costs, facts.shares), facts.microbatches), alone_s
+def at_least_s(facts: PipelineFacts) -> float:
+    """Seconds that a step computes however many workers there are; 0 if the model is not recurrent."""
+    costs = by_chunk([cost_of(item) for item in facts.items], facts.shares)
+    return sequential_s(costs, facts.microbatches) if facts.recurrent else 0.0
 
 
 def cost_of(item: ItemFact, state_bytes: float = 0.0) -> Cost:

@@ -26,7 +26,7 @@ from weft.patterns.pipelined import (
     AUTO,
     Chosen,
     Pipelined,
-    bound,
+    at_least_s,
     channel_name,
     choose,
     goes_by_link,
@@ -72,6 +72,12 @@ def in_chunks(steps: list[int]) -> str:
         return ""
     each = str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]} or {steps[-1]}"
     return f", each in {len(steps)} time chunks of {each} steps, a wavefront"
+
+
+def as_quick(alone_s: float, limit_s: float) -> str:
+    if alone_s <= 0:
+        return ""
+    return f": at most {alone_s / limit_s:.2g}x as quick as one worker with as many examples, which computes for {format_time(alone_s)}"
 
 
 @dataclass(frozen=True)
@@ -212,9 +218,10 @@ class SplitPattern(Pattern):
             from weft.patterns.wavefront import learn as learn_chunks
 
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
-            examples = -(-share // microbatches)
-            known = learn_stages(task, model, batch, examples, microbatches)
-            learned["pipeline"] = learn_chunks(task, model, batch(examples), known, self.pipelined.chunks)
+            examples, chunks = -(-share // microbatches), self.pipelined.chunks
+            # no schedule of time chunks splits the backward, and of a recurrent block torch's split is dear
+            known = learn_stages(task, model, batch, examples, microbatches, split=chunks == 1)
+            learned["pipeline"] = learn_chunks(task, model, batch(examples), known, chunks)
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -443,15 +450,13 @@ class SplitPattern(Pattern):
                 between = summed_up_range(items[of.start].name, items[of.stop - 1].name)
                 result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {between}")
             result.append(
-                f"{facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples flow through the stages"
-                + in_chunks(facts.pipeline.chunks)
+                f"{facts.pipeline.microbatches} micro-batch{'es' * (facts.pipeline.microbatches > 1)} of {facts.pipeline.examples} examples "
+                f"flow{'s' * (facts.pipeline.microbatches == 1)} through the stages" + in_chunks(facts.pipeline.chunks)
             )
-            if (limit := bound(facts.pipeline)) is not None:
-                at_least_s, alone_s = limit
-                chunks = len(facts.pipeline.chunks) or 1
+            if limit_s := at_least_s(facts.pipeline):
                 result.append(
-                    f"each time step waits for the one before: with chunks={chunks} a step computes for at least {format_time(at_least_s)}, at most "
-                    f"{alone_s / at_least_s:.2g}x quicker than one process ({format_time(alone_s)}), however many workers"
+                    f"each time step waits for the one before: with chunks={len(facts.pipeline.chunks) or 1} a step computes for at least "
+                    f"{format_time(limit_s)}, however many workers" + as_quick(compute_s(facts, 1), limit_s)
                 )
         if facts.tensor:
             result += facts.tensor.in_words()

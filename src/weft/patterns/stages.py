@@ -219,9 +219,9 @@ def skips(cuts: Cuts, item: int, func: Any) -> str:
 
 
 def learn(
-    task: Task, model: nn.Module, batch_of: Callable[[int], Any], examples: int, microbatches: int
+    task: Task, model: nn.Module, batch_of: Callable[[int], Any], examples: int, microbatches: int, split: bool = True
 ) -> PipelineFacts:
-    """``examples``: of each of the ``microbatches``. Leaves the model's gradients as they were."""
+    """``examples``: of each of the ``microbatches``; ``split``: backward is to be measured in two. Leaves the model's gradients as they were."""
     batch = batch_of(examples)
     who = type(task).__name__
     blocks = find_blocks(task, model)
@@ -255,7 +255,7 @@ def learn(
         found = {n: sorted(at) or [0] for n, at in uses.found.items()}
         params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
-        items, unsplit = profile(task, model, cuts, batch, weights)
+        items, unsplit = profile(task, model, cuts, batch, weights, split)
     finally:
         cuts.undo()
         for n, p in model.named_parameters():
@@ -266,15 +266,17 @@ def learn(
 
 
 def profile(
-    task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
+    task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]], split: bool
 ) -> tuple[list[ItemFact], str]:
     """Seconds and bytes of each item for one micro-batch, of some passes the quickest; and why no backward can be split (a weight that a
-    block uses several times), if so: then each half is given half of its seconds."""
+    block uses several times), if so. Of a whole backward each half is given half of the seconds."""
     num = len(cuts.blocks) + 1
+    unsplit = ""
     try:
-        passes, unsplit = [Pass(task, model, cuts, batch, weights) for _ in range(REPEATS)], ""
+        passes = [Pass(task, model, cuts, batch, weights, split) for _ in range(REPEATS)]
     except Unsplit as error:
-        passes, unsplit = [Pass(task, model, cuts, batch, weights, split=False) for _ in range(REPEATS)], str(error)
+        passes = [Pass(task, model, cuts, batch, weights, split=False) for _ in range(REPEATS)]
+        unsplit = str(error)
     last = passes[-1]
     items = [
         ItemFact(
