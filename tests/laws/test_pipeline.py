@@ -20,6 +20,7 @@ from weft.events import read_events
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
+from weft.patterns.stages import input_gradient
 from weft.pipelines.schedules import names
 from weft.tasks.codelm import CodeLM
 from weft.tasks.digits import Digits
@@ -132,6 +133,19 @@ def test_the_schedule_follows_a_slow_link_and_a_stopped_run_goes_on_by_it(tmp_pa
     assert [e.kind for e in read_events(tmp_path / "run" / "events.jsonl")].count("measured") == 1
     truth = train_plainly(Masked("adamw"), steps=6, batch=200, run_seed=3)
     assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL
+
+
+def test_the_backward_of_what_returns_a_view_is_split() -> None:
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    linear(x)[:, 1:].sum().backward()
+    assert x.grad is not None
+    assert linear.weight.grad is not None
+    truth, weights = x.grad.clone(), linear.weight.grad.clone()
+    x.grad = linear.weight.grad = linear.bias.grad = None
+    (back,), later = input_gradient([linear(x)[:, 1:]], [torch.ones(3, 3)], [x], list(linear.parameters()))
+    later()
+    assert torch.equal(back, truth)
+    assert torch.equal(linear.weight.grad, weights)
 
 
 class Normed(Regression):

@@ -33,7 +33,7 @@ class Channel:
     def __init__(self, link: Link, sends: bool) -> None:
         self.link, self.sends = link, sends
         self.waited_s = 0.0  # of the owner, in ``take`` and ``flush``
-        self._queue: queue.Queue[tuple[Tag, Message] | bool | None] = queue.Queue(MAX_QUEUED)
+        self._queue: queue.Queue[tuple[Tag, Message] | int | None] = queue.Queue(MAX_QUEUED)
         self._arrived: dict[Tag, Message] = {}
         self._change = threading.Condition()
         self._under_way = 0  # sent or announced, and not yet done
@@ -46,8 +46,7 @@ class Channel:
 
     def expect(self, number: int) -> None:
         """So many more messages will come."""
-        for _ in range(number):
-            self._begin(True, 1)
+        self._begin(number, number)
 
     def take(self, tag: Tag) -> Message:
         """The message of that tag, which was announced."""
@@ -96,21 +95,25 @@ class Channel:
 
     def _carry(self) -> None:
         while (work := self._queue.get()) is not None:
-            if self._error is not None:
-                continue
-            try:
-                arrived = self._exchange(work)
-            except BaseException as error:  # handed over to the owner's thread
-                arrived, self._error = None, error
-            with self._change:
-                self._under_way -= 1
-                if arrived is not None:
-                    self._arrived[arrived[0]] = arrived[1]
-                self._change.notify_all()
+            for _ in range(work if isinstance(work, int) else 1):
+                self._carry_one(work)
 
-    def _exchange(self, work: tuple[Tag, Message] | bool) -> tuple[Tag, Message] | None:
+    def _carry_one(self, work: tuple[Tag, Message] | int) -> None:
+        if self._error is not None:
+            return
+        try:
+            arrived = self._exchange(work)
+        except BaseException as error:  # handed over to the owner's thread
+            arrived, self._error = None, error
+        with self._change:
+            self._under_way -= 1
+            if arrived is not None:
+                self._arrived[arrived[0]] = arrived[1]
+            self._change.notify_all()
+
+    def _exchange(self, work: tuple[Tag, Message] | int) -> tuple[Tag, Message] | None:
         """A gather, to which the receiver gives nothing: so both know how much comes, and that it is no other call."""
-        own = torch.empty(0, dtype=torch.uint8) if isinstance(work, bool) else packed(*work)
+        own = torch.empty(0, dtype=torch.uint8) if isinstance(work, int) else packed(*work)
         parts = self.link.all_gather(own)
         return None if self.sends else unpacked(parts[1 - self.link.rank])
 

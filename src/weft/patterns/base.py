@@ -112,12 +112,31 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     items: list[ItemFact]
     uses: dict[str, list[int]]  # at which items each parameter and buffer is used
-    made_of: list[int]  # by block: 0, it returns a tensor; else a tuple of so many
+    made_of: list[Any]  # by block: what it returns, a tensor (0) or a list of such
     loss_aside: bool = False  # the task's evaluate does not give the loss: it takes a pass of its own
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share
+    unsplit: str = ""  # why its backward cannot be split; empty: it can
+    recurrent: list[int] = []  # blocks that carry state through time, if there are any
+    chunks: list[int] = []  # time steps in each chunk, as measured; none: a sequence is taken whole
     speeds: dict[str, LinkSpeed] = {}  # measured, by the name of a channel
     settled: Settled | None = None  # what was chosen; None: nothing yet
+
+    @property
+    def through_time(self) -> range:
+        """The blocks that take one time chunk after the other."""
+        return range(self.recurrent[0], self.recurrent[-1] + 1) if self.chunks else range(0)
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """By item, the part of its micro-batch that it computes at each time chunk: what comes before those blocks all at the first, what comes
+        after them all at the last. None: there are no chunks."""
+        if not self.chunks:
+            return []
+        inside, num = self.through_time, len(self.chunks)
+        first, last = [1.0] + [0.0] * (num - 1), [0.0] * (num - 1) + [1.0]
+        even = [steps / sum(self.chunks) for steps in self.chunks]
+        return [even if k in inside else first if k < inside.start else last for k in range(len(self.items))]
 
 
 def summed_up(names: Iterable[str]) -> str:

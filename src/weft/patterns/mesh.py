@@ -13,7 +13,7 @@ from weft.codecs.spec import NONE
 from weft.errors import Incompatible
 from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import AXES, Layout
-from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
+from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
 
 
@@ -43,6 +43,7 @@ class Mesh(SplitPattern):
     schedule: str = field(default="auto", metadata=SCHEDULE)
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
+    chunks: int = field(default=1, metadata=CHUNKS)
 
     compress: str = field(default=NONE, metadata=COMPRESS)
 
@@ -55,7 +56,7 @@ class Mesh(SplitPattern):
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined != Pipelined():
             raise Incompatible(
-                "schedule, microbatches and stages_per_worker are of a pipeline: add -o pipeline=2, or leave them out."
+                "schedule, microbatches, stages_per_worker and chunks are of a pipeline: add -o pipeline=2, or leave them out."
             )
         if self.pipeline > 1 and self.sharded > 1:
             raise Incompatible(
@@ -69,7 +70,7 @@ class Mesh(SplitPattern):
 
     @property
     def pipelined(self) -> Pipelined:
-        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker)
+        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker, self.chunks)
 
     def layout(self, workers: int) -> Layout:
         layout = Layout(self.data, self.pipeline, self.sharded, self.tensor)

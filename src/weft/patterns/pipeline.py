@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from weft.errors import ConfigError
 from weft.patterns.layout import Layout
-from weft.patterns.pipelined import MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
+from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
 
 
@@ -33,6 +33,7 @@ class Pipeline(SplitPattern):
     schedule: str = field(default="auto", metadata=SCHEDULE)
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
+    chunks: int = field(default=1, metadata=CHUNKS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +43,7 @@ class Pipeline(SplitPattern):
 
     @property
     def pipelined(self) -> Pipelined:
-        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker)
+        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker, self.chunks)
 
     def layout(self, workers: int) -> Layout:
         if self.stages not in (None, workers):

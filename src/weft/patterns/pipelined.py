@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.errors import ConfigError
-from weft.patterns.base import Facts, PipelineFacts
+from weft.patterns.base import Facts, ItemFact, PipelineFacts
 from weft.payoff import format_rate, format_size
+from weft.pipelines.bound import sequential_s
 from weft.pipelines.channels import Channel, channel_order
 from weft.pipelines.choose import Ranked, best, in_words, rank_schedules, why
-from weft.pipelines.costs import Cost, by_stage
+from weft.pipelines.costs import Cost, by_chunk, by_stage
 from weft.pipelines.schedules import Program, find, names, program
 from weft.pipelines.simulate import Simulation, peak_activations, simulate
 
@@ -32,6 +33,9 @@ MICROBATCHES: dict[str, Any] = {
     "doc": f"pieces of a share that flow through the stages; 0: {MICROBATCHES_PER_WORKER} for each worker"
 }
 PER_WORKER: dict[str, Any] = {"doc": "stages on each worker; 0: what the schedule takes"}
+CHUNKS: dict[str, Any] = {
+    "doc": "pieces of time in which a recurrent model takes each sequence, so that its layers work on it at once; 1: none"
+}
 
 
 class Pipelined(NamedTuple):
@@ -40,6 +44,7 @@ class Pipelined(NamedTuple):
     schedule: str = AUTO
     microbatches: int = 0
     per_worker: int = 0
+    chunks: int = 1
 
 
 class Chosen(NamedTuple):
@@ -68,12 +73,30 @@ def channel_name(sender: int, receiver: int) -> str:
 
 def sent_bytes(chosen: Chosen, facts: PipelineFacts) -> list[int]:
     """In a step, by place in the pipeline."""
-    result = [0] * chosen.program.ranks
+    result, shares = [0.0] * chosen.program.ranks, facts.shares
     for (sender, _), actions in channel_order(chosen.program).items():
         for action in actions:
             cut = action.stage if action.kind == "F" else action.stage - 1
-            result[sender] += facts.items[chosen.stages[cut].stop - 1].output_bytes
-    return result
+            item, chunk = chosen.stages[cut].stop - 1, action.microbatch % chosen.program.chunks
+            result[sender] += facts.items[item].output_bytes * (shares[item][chunk] if shares else 1.0)
+    return [round(nbytes) for nbytes in result]
+
+
+def at_least_s(facts: PipelineFacts) -> float:
+    """Seconds that a step computes however many workers there are; 0 if the model is not recurrent."""
+    costs = by_chunk([cost_of(item) for item in facts.items], facts.shares)
+    return sequential_s(costs, facts.microbatches) if facts.recurrent else 0.0
+
+
+def cost_of(item: ItemFact, state_bytes: float = 0.0) -> Cost:
+    return Cost(
+        forward_s=item.forward_s,
+        input_gradient_s=item.input_gradient_s,
+        weight_gradient_s=item.weight_gradient_s,
+        output_bytes=item.output_bytes,
+        activation_bytes=item.activation_bytes,
+        state_bytes=state_bytes,
+    )
 
 
 def check_pipelined(asked: Pipelined, accumulate: int) -> None:
@@ -82,6 +105,8 @@ def check_pipelined(asked: Pipelined, accumulate: int) -> None:
     for option, value in (("microbatches", asked.microbatches), ("stages_per_worker", asked.per_worker)):
         if value < 0:
             raise ConfigError(f"{option}={value} is not possible: give 1 or more, or 0 to leave it to the schedule.")
+    if asked.chunks != 1:
+        program("gpipe" if asked.schedule == AUTO else asked.schedule, 1, 1, chunks=asked.chunks)
     if accumulate > 1:
         raise ConfigError(
             f"accumulate={accumulate}: a pipeline's pieces are its microbatches: use -o microbatches={accumulate}."
@@ -93,7 +118,7 @@ def num_microbatches(asked: Pipelined, workers: int, share: int) -> int:
         raise ConfigError(
             f"microbatches={asked.microbatches} is more than the {share} examples of a share: use at most {share}, or a larger --batch."
         )
-    return asked.microbatches or min(MICROBATCHES_PER_WORKER * workers, share)
+    return asked.microbatches or min(-(-MICROBATCHES_PER_WORKER * workers // asked.chunks), share)
 
 
 def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
@@ -101,20 +126,20 @@ def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
     assert facts.pipeline is not None
     if (kept := facts.pipeline.settled) is not None:
         schedule = find(kept.schedule)
-        lists = program(schedule, workers, facts.pipeline.microbatches, kept.stages_per_worker)
+        lists = program(schedule, workers, facts.pipeline.microbatches, kept.stages_per_worker, asked.chunks)
         ends = itertools.accumulate(kept.items, initial=0)
         stages = tuple(itertools.starmap(range, itertools.pairwise(ends)))
         return Chosen(lists, stages, in_words(schedule, kept.stages_per_worker), _held(facts, lists, stages), kept.why)
     known = Known(facts)
     ranked = _rank(known, asked, workers)
     one = _best(ranked)
-    lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank)
+    lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank, asked.chunks)
     stages = one.partition.stages
     return Chosen(lists, stages, one.words, _held(facts, lists, stages), "; ".join([_why(ranked), about_link(known)]))
 
 
 def _held(facts: Facts, lists: Program, stages: Sequence[range]) -> tuple[float, ...]:
-    return peak_activations(lists, by_stage(Known(facts).costs, stages))
+    return peak_activations(lists, Known(facts).costs_of(stages))
 
 
 def _best(ranked: Sequence[Ranked]) -> Ranked:
@@ -174,6 +199,8 @@ class Known:
         self._key = (
             tuple(map(str, self.pipeline.items)),
             self.pipeline.microbatches,
+            tuple(map(tuple, self.pipeline.shares)),
+            self.pipeline.unsplit,
             tuple(self.state),
             self.speed,
             tuple(sorted(self.measured.items())),
@@ -182,17 +209,11 @@ class Known:
 
     @property
     def costs(self) -> list[Cost]:
-        return [
-            Cost(
-                forward_s=item.forward_s,
-                input_gradient_s=item.input_gradient_s,
-                weight_gradient_s=item.weight_gradient_s,
-                output_bytes=item.output_bytes,
-                activation_bytes=item.activation_bytes,
-                state_bytes=state,
-            )
-            for item, state in zip(self.pipeline.items, self.state, strict=True)
-        ]
+        return [cost_of(item, state) for item, state in zip(self.pipeline.items, self.state, strict=True)]
+
+    def costs_of(self, stages: Sequence[range]) -> list[list[Cost]]:
+        """By time chunk, by stage."""
+        return [by_stage(costs, stages) for costs in by_chunk(self.costs, self.pipeline.shares)]
 
     def links(self, workers: int) -> LinkSpeed | Mapping[Channel, LinkSpeed]:
         """Of a pipeline of so many, which need not be the one whose links were measured."""
@@ -215,15 +236,25 @@ class Known:
 
 @functools.lru_cache(maxsize=16)
 def _rank(known: Known, asked: Pipelined, workers: int) -> list[Ranked]:
+    among: tuple[str, ...] = () if asked.schedule == AUTO else (asked.schedule,)
+    if known.pipeline.unsplit:
+        whole = tuple(name for name in names() if not find(name).splits_backward)
+        if among and find(asked.schedule).splits_backward:
+            raise ConfigError(
+                f"schedule={asked.schedule} splits the backward, which torch cannot do of this model ({known.pipeline.unsplit}): use "
+                f"-o schedule={AUTO}, or one of {', '.join(whole)}."
+            )
+        among = among or whole
     return rank_schedules(
         known.costs,
         workers,
         known.pipeline.microbatches,
         known.links(workers),
-        schedules=() if asked.schedule == AUTO else (asked.schedule,),
+        schedules=among,
         stages_per_rank=(asked.per_worker,) if asked.per_worker else (1, 2),
         memory_bytes=known.memory_bytes,
         cores=known.cores_of(workers),
+        shares=known.pipeline.shares,
     )
 
 
@@ -231,12 +262,15 @@ def predicted(facts: Facts, chosen: Chosen, slower: float = 1.0) -> Simulation:
     """``slower``: times that computing takes as long as was measured for the whole of each item."""
     known, workers = Known(facts), chosen.program.ranks
     costs = [
-        dataclasses.replace(
-            cost,
-            forward_s=slower * cost.forward_s,
-            input_gradient_s=slower * cost.input_gradient_s,
-            weight_gradient_s=slower * cost.weight_gradient_s,
-        )
-        for cost in by_stage(known.costs, chosen.stages)
+        [
+            dataclasses.replace(
+                cost,
+                forward_s=slower * cost.forward_s,
+                input_gradient_s=slower * cost.input_gradient_s,
+                weight_gradient_s=slower * cost.weight_gradient_s,
+            )
+            for cost in stages
+        ]
+        for stages in known.costs_of(chosen.stages)
     ]
     return simulate(chosen.program, costs, known.links(workers), cores=known.cores_of(workers))

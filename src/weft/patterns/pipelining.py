@@ -18,6 +18,7 @@ from weft.patterns.randomness import seed_torch
 from weft.patterns.saved import own
 from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, whole_backward
 from weft.patterns.training import first_names
+from weft.patterns.wavefront import Wave
 from weft.pipelines.channels import channel_order
 from weft.pipelines.schedules import Action, Input
 from weft.task import Task
@@ -50,6 +51,7 @@ class PipelineWork:
         self, task: Task, model: nn.Module, chosen: Chosen, place: int, facts: PipelineFacts, groups: Mapping[str, Link]
     ) -> None:
         self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
+        self.through_time = facts.through_time
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         #: by stage
         self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
@@ -126,6 +128,7 @@ class Step:
         self.work, self.batches, self.shares, self.seed, self.precision = work, batches, shares, seed, precision
         self.losses = [0.0] * len(batches)
         self.ran: dict[tuple[int, int], Ran] = {}
+        self.waves: dict[tuple[int, int], Wave] = {}  # by stage and micro-batch, where these go in time chunks
         self.later: dict[tuple[int, int], Callable[[], None]] = {}
         self.kept: dict[Input, Sequence[Tensor]] = {}  # for another stage of this worker
 
@@ -136,6 +139,8 @@ class Step:
         made: Sequence[Tensor] = ()
         if action.kind == "F":
             made = self._forward(*key, given)
+        elif self.work.program.chunks > 1:
+            made = self._wave_back(*key, given)
         elif action.kind == "W":
             self.later.pop(key)()
         else:
@@ -163,16 +168,46 @@ class Step:
         maker = stages[needs.stage - 1] if needs.forward else stages[needs.stage + 1]
         return self.work.into[maker].take(tuple(needs))
 
-    def _forward(self, stage: int, microbatch: int, received: Sequence[Tensor] | None) -> list[Tensor]:
-        work, items, batch = self.work, self.work.stages[stage], self.batches[microbatch]
-        given = None if received is None else passed(rebuilt(work.made_of[items.start - 1], received))
-        seed_torch(self.seed + microbatch * len(work.stages) + stage)
+    def _forward(self, stage: int, piece: int, received: Sequence[Tensor] | None) -> list[Tensor]:
+        work, items = self.work, self.work.stages[stage]
+        microbatch, chunk = divmod(piece, work.program.chunks)
+        given = passed(rebuilt(work.made_of[items.start - 1], received)) if received else None
+        seed_torch(self.seed + piece * len(work.stages) + stage)
+
+        def loss() -> Tensor:
+            return work.task.loss(work.model, self.batches[microbatch])
+
+        if work.program.chunks > 1:
+            with self.precision():
+                tensors = self._wave(stage, microbatch).forward(chunk, given, loss)
+            if stage == work.last and tensors:
+                self._note_loss(tensors[0], microbatch)
+            return [t.detach() for t in tensors]
         with self.precision():
-            made = work.cuts.run(lambda: work.task.loss(work.model, batch), items.start, items.stop, given)
+            made = work.cuts.run(loss, items.start, items.stop, given)
         if stage == work.last:
-            check_loss(made, work.task)
-            self.losses[microbatch] = made.item()
+            self._note_loss(made, microbatch)
         tensors = tensors_of(made)
         leaves = [t for t in tensors_of(given) if t.requires_grad]
         self.ran[stage, microbatch] = Ran(leaves, [t for t in tensors if t.is_floating_point()])
         return [own(t).detach() for t in tensors]
+
+    def _note_loss(self, made: Any, microbatch: int) -> None:
+        check_loss(made, self.work.task)
+        self.losses[microbatch] = made.item()
+
+    def _wave(self, stage: int, microbatch: int) -> Wave:
+        work, key = self.work, (stage, microbatch)
+        if key not in self.waves:
+            self.waves[key] = Wave(work.cuts, work.stages[stage], work.through_time, work.program.chunks)
+        return self.waves[key]
+
+    def _wave_back(self, stage: int, piece: int, grads: Sequence[Tensor] | None) -> list[Tensor]:
+        microbatch, chunk = divmod(piece, self.work.program.chunks)
+        wave = self._wave(stage, microbatch)
+        if grads is None:  # of the last stage, whose last chunk has made the loss
+            grads = [torch.full_like(loss, self.shares[microbatch]) for loss in wave.made[chunk]]
+        back = wave.backward(chunk, grads)
+        if chunk == 0:
+            del self.waves[stage, microbatch]
+        return back

@@ -28,6 +28,7 @@ from weft.patterns.pipelined import (
     AUTO,
     Chosen,
     Pipelined,
+    at_least_s,
     channel_name,
     choose,
     goes_by_link,
@@ -48,6 +49,7 @@ from weft.patterns.prediction import (
     scaled,
     step_parts,
 )
+from weft.payoff import format_time
 from weft.pipelines.channels import channel_order
 from weft.plan import LinkPlan, StepPlan
 from weft.update import ClipNorm
@@ -66,6 +68,19 @@ DEGREES = ("degree", "stages", "replicas", *AXES)  # options that count workers
 
 def summed_up_range(first: str, last: str) -> str:
     return first if first == last else f"{first} to {last}"
+
+
+def in_chunks(steps: list[int]) -> str:
+    if not steps:
+        return ""
+    each = str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]} or {steps[-1]}"
+    return f", each in {len(steps)} time chunks of {each} steps, a wavefront"
+
+
+def as_quick(alone_s: float, limit_s: float) -> str:
+    if alone_s <= 0:
+        return ""
+    return f": at most {alone_s / limit_s:.2g}x as quick as one worker with as many examples, which computes for {format_time(alone_s)}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,7 @@ class SplitPattern(Pattern):
         asked, pipeline = self.pipelined, facts.pipeline
         return (
             f"{self.layout(workers)}, {len(pipeline.items)} parts, {pipeline.microbatches} micro-batches, schedule={asked.schedule}, "
-            f"stages_per_worker={asked.per_worker}"
+            f"stages_per_worker={asked.per_worker}, chunks={asked.chunks}"
         )
 
     def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
@@ -228,12 +243,14 @@ class SplitPattern(Pattern):
             learned["tensor"] = learn(task, model, batch(share), layout.tensor)
         if layout.pipeline > 1:
             from weft.patterns.stages import learn as learn_stages
+            from weft.patterns.wavefront import learn as learn_chunks
 
             parted = learned["tensor"].parted if layout.tensor > 1 else ()
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
-            learned["pipeline"] = learn_stages(
-                task, model, batch, held_out, -(-share // microbatches), microbatches, parted
-            )
+            examples, chunks = -(-share // microbatches), self.pipelined.chunks
+            # no schedule of time chunks splits the backward, and of a recurrent block torch's split is dear
+            known = learn_stages(task, model, batch, held_out, examples, microbatches, parted=parted, split=chunks == 1)
+            learned["pipeline"] = learn_chunks(task, model, batch(examples), known, chunks)
         return learned
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -487,8 +504,14 @@ class SplitPattern(Pattern):
                 between = summed_up_range(items[of.start].name, items[of.stop - 1].name)
                 result.append(f"stage {stage}, on worker {chosen.program.placement[stage]} of the pipeline: {between}")
             result.append(
-                f"{facts.pipeline.microbatches} micro-batches of {facts.pipeline.examples} examples flow through the stages"
+                f"{facts.pipeline.microbatches} micro-batch{'es' * (facts.pipeline.microbatches > 1)} of {facts.pipeline.examples} examples "
+                f"flow{'s' * (facts.pipeline.microbatches == 1)} through the stages" + in_chunks(facts.pipeline.chunks)
             )
+            if limit_s := at_least_s(facts.pipeline):
+                result.append(
+                    f"each time step waits for the one before: with chunks={len(facts.pipeline.chunks) or 1} a step computes for at least "
+                    f"{format_time(limit_s)}, however many workers" + as_quick(compute_s(facts, 1), limit_s)
+                )
         if facts.tensor:
             result += facts.tensor.in_words()
         if across := layout.crossing(TENSOR, facts.hosts):

@@ -55,11 +55,12 @@ class Cuts:
         self.begin, self.end = 0, len(self.blocks) + 1  # items of the stage that runs
         self.given: Any = None  # what the block before them returned
         self.reached = 0  # items done
-        #: Hears what each block has made, and says what goes on in its place.
-        self.on_made: Callable[[int, Any], Any] | None = None
+        #: Computes a block: (which, its forward, args, kwargs) -> what goes on.
+        self.compute: Callable[[int, Callable[..., Any], Any, Any], Any] = plainly
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
+        self.calls: list[Callable[..., Any]] = [block._call_impl for block in self.blocks]
         for k, block in enumerate(self.blocks):
-            vars(block)[CALLED] = self._instead_of(block._call_impl, k)
+            vars(block)[CALLED] = self._instead_of(self.calls[k], k)
 
     def undo(self) -> None:
         for block in self.blocks:
@@ -74,9 +75,7 @@ class Cuts:
             elif k < self.begin - 1:
                 made = self._shape(k, call, args, kwargs)
             else:
-                made = call(*args, **kwargs)
-                if self.on_made is not None:
-                    made = self.on_made(k, made)
+                made = self.compute(k, call, args, kwargs)
             self.reached = k + 1
             if self.reached == self.end:
                 raise Left(made)
@@ -113,6 +112,10 @@ class Cuts:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
         return made
+
+
+def plainly(k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 class Before(TorchFunctionMode):
@@ -159,18 +162,23 @@ def tensors_of(made: Any) -> list[Tensor]:
     return [t for t in tree_flatten(made)[0] if isinstance(t, Tensor)]
 
 
-def rebuilt(made_of: int, tensors: Sequence[Tensor]) -> Any:
-    """``made_of``: 0, a tensor; else a tuple of so many."""
-    return tuple(tensors) if made_of else tensors[0]
+def rebuilt(made_of: Any, tensors: Sequence[Tensor]) -> Any:
+    """``made_of``: 0, a tensor; a list, a tuple of such."""
+    left = iter(tensors)
+
+    def build(of: Any) -> Any:
+        return tuple(build(each) for each in of) if of else next(left)
+
+    return build(made_of)
 
 
-def made_of(made: Any) -> int:
-    """-1: neither a tensor nor a plain tuple of tensors, as which it would come out of a cut."""
+def made_of(made: Any) -> Any:
+    """None: neither a tensor nor a plain tuple of such, as which it would come out of a cut."""
     if isinstance(made, Tensor):
         return 0
-    if type(made) is tuple and made and all(isinstance(t, Tensor) for t in made):
-        return len(made)
-    return -1
+    if type(made) is tuple and made and None not in (parts := [made_of(each) for each in made]):
+        return parts
+    return None
 
 
 def kind_of(made: Any) -> str:
@@ -287,10 +295,12 @@ def learn(
     held_out: Any,
     examples: int,
     microbatches: int,
+    *,
     parted: Collection[str] = (),
+    split: bool = True,
 ) -> PipelineFacts:
-    """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. ``parted``: blocks after which there is no cut. Leaves
-    the model's gradients as they were."""
+    """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. ``parted``: blocks after which there is no cut. ``split``:
+    backward is to be measured in two. Leaves the model's gradients as they were."""
     batch = batch_of(examples)
     who = type(task).__name__
     blocks = [name for name in find_blocks(task, model) if name not in parted]
@@ -300,11 +310,12 @@ def learn(
         )
     cuts = Cuts(task, model, blocks)
     uses = Uses(cuts)
-    kinds: list[int] = []
+    kinds: list[Any] = []
 
-    def note(k: int, made: Any) -> Any:
+    def note(k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
         kinds.append(made_of(made))
-        if kinds[-1] < 0:
+        if kinds[-1] is None:
             raise Incompatible(
                 f"block {cuts.names[k]!r} of {who}'s model returns a {kind_of(made)}: a pipeline passes on a tensor, or a plain tuple of tensors. "
                 "Return that, or choose other blocks by the task's blocks(model)."
@@ -312,7 +323,7 @@ def learn(
         uses.passes(k, made)
         return made
 
-    def look(code: Callable[[], Any], batch: Any) -> tuple[list[int], Any]:
+    def look(code: Callable[[], Any], batch: Any) -> tuple[list[Any], Any]:
         """What the blocks make, and what the code returns."""
         kinds.clear()
         uses.begin(batch)
@@ -327,7 +338,7 @@ def learn(
     before = {n: p.grad for n, p in model.named_parameters()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     try:
-        cuts.on_made = note
+        cuts.compute = note
         made, _ = look(lambda: task.loss(model, batch), batch)
         written = [n for n, b in model.named_buffers() if not torch.equal(b, buffers[n])]
         with evaluating(model):
@@ -349,24 +360,36 @@ def learn(
                 )
         params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
-        items = profile(task, model, cuts, batch, weights)
+        items, unsplit = profile(task, model, cuts, batch, weights, split)
     finally:
         cuts.undo()
         for n, p in model.named_parameters():
             p.grad = before[n]
     return PipelineFacts(
-        items=items, uses=found, made_of=made, loss_aside=loss_aside, examples=examples, microbatches=microbatches
+        items=items,
+        uses=found,
+        made_of=made,
+        loss_aside=loss_aside,
+        examples=examples,
+        microbatches=microbatches,
+        unsplit=unsplit,
     )
 
 
 def profile(
-    task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
-) -> list[ItemFact]:
-    """Seconds and bytes of each item for one micro-batch; of some passes, the quickest."""
+    task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]], split: bool
+) -> tuple[list[ItemFact], str]:
+    """Seconds and bytes of each item for one micro-batch, of some passes the quickest; and why no backward can be split (a weight that a
+    block uses several times), if so. Of a whole backward each half is given half of the seconds."""
     num = len(cuts.blocks) + 1
-    passes = [Pass(task, model, cuts, batch, weights) for _ in range(REPEATS)]
+    unsplit = ""
+    try:
+        passes = [Pass(task, model, cuts, batch, weights, split) for _ in range(REPEATS)]
+    except Unsplit as error:
+        passes = [Pass(task, model, cuts, batch, weights, split=False) for _ in range(REPEATS)]
+        unsplit = str(error)
     last = passes[-1]
-    return [
+    items = [
         ItemFact(
             name=cuts.names[k] if k < num - 1 else REST,
             forward_s=min(of.forward_s[k] for of in passes),
@@ -377,22 +400,33 @@ def profile(
         )
         for k in range(num)
     ]
+    return items, unsplit
+
+
+class Unsplit(Exception):
+    """torch cannot compute the gradient of a block's input first, and those of its weights later."""
 
 
 class Pass:
     """One forward and backward, item by item: each gets what the one before made as a leaf, so that its gradients end there."""
 
     def __init__(
-        self, task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]]
+        self,
+        task: Task,
+        model: nn.Module,
+        cuts: Cuts,
+        batch: Any,
+        weights: Sequence[Sequence[nn.Parameter]],
+        split: bool = True,
     ) -> None:
         num = len(cuts.blocks) + 1
-        self.cuts = cuts
+        self.cuts, self.split = cuts, split
         self.given: list[list[Tensor]] = [[]]
         self.made: list[list[Tensor]] = []
         self.forward_s, self.saved = [0.0] * num, [0] * num
         self.input_gradient_s, self.weight_gradient_s = [0.0] * num, [0.0] * num
         self._seen = {own(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        cuts.on_made = self._made
+        cuts.compute = self._compute
         self._begun = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t):
             loss = cuts.run(lambda: task.loss(model, batch), 0, num, None)
@@ -402,7 +436,8 @@ class Pass:
         for k in reversed(range(num)):
             grads = self._backward(k, grads, weights[k])
 
-    def _made(self, k: int, made: Any) -> Any:
+    def _compute(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
         self.forward_s[k] = time.perf_counter() - self._begun
         given = passed(made)
         self.made.append(tensors_of(made))
@@ -418,11 +453,21 @@ class Pass:
         return tensor
 
     def _backward(self, k: int, grads: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> list[Tensor]:
-        made, given = [t for t in self.made[k] if t.requires_grad], self.given[k]
+        given, floats = self.given[k], [t for t in self.made[k] if t.is_floating_point()]
+        pairs = [(t, grad) for t, grad in zip(floats, grads, strict=True) if t.requires_grad]
+        made, grads = [t for t, _ in pairs], [grad for _, grad in pairs]
         begin = time.perf_counter()
-        back, later = input_gradient(made, grads, given, weights)
-        between = time.perf_counter()
-        later()
+        if not made or not self.split:
+            back = whole_backward(made, grads, given)
+            self.input_gradient_s[k] = self.weight_gradient_s[k] = (time.perf_counter() - begin) / 2
+            return back
+        try:
+            back, later = input_gradient(made, grads, given, weights)
+            between = time.perf_counter()
+            later()
+        except RuntimeError as error:
+            name = self.cuts.names[k] if k < len(self.cuts.names) else REST
+            raise Unsplit(f"in {name}: {str(error).strip().splitlines()[0]}") from error
         self.input_gradient_s[k], self.weight_gradient_s[k] = between - begin, time.perf_counter() - between
         return back
 
@@ -432,7 +477,8 @@ class Pass:
 
 def whole_backward(made: Sequence[Tensor], grads: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of the weights are added up where they belong; those of what was ``given`` are returned."""
-    torch.autograd.backward(list(made), list(grads))
+    if made:
+        torch.autograd.backward(list(made), list(grads))
     return [take_grad(t) for t in given]
 
 
@@ -442,7 +488,8 @@ def input_gradient(
     """(gradients of what was given, what computes those of the weights later). Of the first stage, which was given nothing, all is later."""
     if not given:
         return [], lambda: torch.autograd.backward(list(made), list(grads))
-    _, groups = stage_backward_input(list(made), list(grads), list(given), iter(weights))
+    outputs = [t.clone() if t._is_view() else t for t in made]  # torch detaches them in place, which no view allows
+    _, groups = stage_backward_input(outputs, list(grads), list(given), iter(weights))
 
     def later() -> None:
         stage_backward_weight(iter(weights), groups)

@@ -29,7 +29,8 @@ class Arrivals(NamedTuple):
 
 
 def validate(program: Program) -> None:
-    """Every stage computes each microbatch once (F, then B or I and W), on its rank, in lists that all come to their end.
+    """Every stage computes each microbatch once (F, then B or I and W), time chunks forward in rising and backward in falling order, on its
+    rank, in lists that all come to their end.
 
     Raises ConfigError: it names the action, or of lists that wait for one another what each rank waits for.
     """
@@ -65,7 +66,7 @@ def arrivals(program: Program) -> dict[Channel, Arrivals]:
 
 
 def in_flight(program: Program) -> tuple[int, ...]:
-    """By stage: of how many microbatches at once it holds activations, at most. From F until B or W."""
+    """By stage: of how many pieces (microbatches, or time chunks of such) at once it holds activations, at most. From F until B or W."""
     now: Counter[int] = Counter()
     most: Counter[int] = Counter()
     for row in program.actions:
@@ -133,8 +134,10 @@ def _check_counts(program: Program) -> None:
         for action in row:
             stage, kind, m = action
             wrong = ""
-            if not (0 <= stage < program.stages and 0 <= m < program.microbatches):
-                wrong = f"there are {program.stages} stages and {program.microbatches} microbatches"
+            if not (0 <= stage < program.stages and 0 <= m < program.pieces):
+                wrong = f"there are {program.stages} stages and {program.microbatches} microbatches" + (
+                    f" of {program.chunks} time chunks" if program.chunks > 1 else ""
+                )
             elif program.placement[stage] != rank:
                 wrong = f"stage {stage} stands on rank {program.placement[stage]}"
             elif action in done:
@@ -145,11 +148,15 @@ def _check_counts(program: Program) -> None:
                 wrong = f"before {stage}I{m}"
             elif kind in "BI" and Action(stage, "I" if kind == "B" else "B", m) in done:
                 wrong = "after the other: a backward is either whole (B) or split (I, W)"
+            elif kind == "F" and m % program.chunks and Action(stage, "F", m - 1) not in done:
+                wrong = f"before {stage}F{m - 1}, whose state its time chunk goes on from"
+            elif kind != "F" and (m + 1) % program.chunks and Action(stage, kind, m + 1) not in done:
+                wrong = f"before {stage}{kind}{m + 1}, from which the gradient of its time chunk's state comes"
             if wrong:
                 raise ConfigError(f"{program.schedule}: rank {rank} would compute {action}, {wrong}")
             done.add(action)
     for stage in range(program.stages):
-        for m in range(program.microbatches):
+        for m in range(program.pieces):
             kinds = "".join(kind for kind in "FBIW" if Action(stage, kind, m) in done)  # type: ignore[arg-type]
             if kinds not in ("FB", "FIW"):
                 raise ConfigError(

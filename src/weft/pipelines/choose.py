@@ -10,7 +10,7 @@ from weft.cost import LinkSpeed
 from weft.errors import ConfigError
 from weft.payoff import format_size, format_time
 from weft.pipelines.channels import Channel, in_flight
-from weft.pipelines.costs import Cost, by_stage
+from weft.pipelines.costs import Cost, by_chunk, by_stage
 from weft.pipelines.partition import Partition, partition
 from weft.pipelines.schedules import SCHEDULES, Program, Schedule, find, program
 from weft.pipelines.simulate import FREE, Sending, Simulation, peak_activations, simulate
@@ -69,12 +69,15 @@ def rank_schedules(
     action_s: float = 0.0,
     cores: float = math.inf,
     sending: Sending = "aside",
+    shares: Sequence[Sequence[float]] = (),
 ) -> list[Ranked]:
     """Those that fit the memory first, of these the quickest. ``schedules``: these only (none: all); each with those of
-    ``stages_per_rank`` that it takes and that the blocks fill. ``memory_bytes``: allowed on each rank. The rest as in ``simulate``.
+    ``stages_per_rank`` that it takes and that the blocks fill. ``memory_bytes``: allowed on each rank. ``shares``: by block, the part of its
+    microbatch that it computes in each time chunk, if there are several. The rest as in ``simulate``.
 
     Raises ConfigError if nothing is possible."""
-    among = [find(name) for name in schedules] or list(SCHEDULES)
+    chunks = len(shares[0]) if shares else 1
+    among = [find(name) for name in schedules] or [s for s in SCHEDULES if chunks == 1 or not s.splits_backward]
     wanted = [(schedule, v) for schedule in among for v in sorted(set(stages_per_rank)) if schedule.takes(v)]
     if not wanted:
         raise ConfigError(
@@ -84,12 +87,12 @@ def rank_schedules(
     if not possible:
         schedule, v = min(wanted, key=lambda at: at[1])
         partition(blocks, program(schedule, ranks, 1, v).placement)  # says what to do
-    cuts = _Cuts(blocks, memory_bytes, sizes)
+    cuts = _Cuts(blocks, memory_bytes, sizes, shares)
     found = []
     for schedule, v in possible:
-        lists = program(schedule, ranks, microbatches, v)
+        lists = program(schedule, ranks, microbatches, v, chunks)
         cut = cuts.of(lists)
-        costs = by_stage(blocks, cut.stages)
+        costs = cuts.costs(cut)
         predicted = simulate(lists, costs, link, sizes=sizes, action_s=action_s, cores=cores, sending=sending)
         found.append(
             Ranked(
@@ -141,8 +144,13 @@ def why(ranked: Sequence[Ranked]) -> str:
 class _Cuts:
     """Cuts of the same blocks; each is looked for once."""
 
-    def __init__(self, blocks: Sequence[Cost], memory_bytes: float, sizes: Sequence[float]) -> None:
-        self.blocks, self.memory_bytes, self.sizes = blocks, memory_bytes, sizes
+    def __init__(
+        self, blocks: Sequence[Cost], memory_bytes: float, sizes: Sequence[float], shares: Sequence[Sequence[float]]
+    ) -> None:
+        self.memory_bytes, self.sizes = memory_bytes, sizes
+        self.chunks = by_chunk(blocks, shares)
+        #: Of a piece; a cut takes all of them to be alike.
+        self.pieces = [block.part(1 / len(self.chunks)) for block in blocks]
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], Partition] = {}
 
     def of(self, lists: Program) -> Partition:
@@ -153,15 +161,19 @@ class _Cuts:
             self._known[key] = self._find(lists, held)
         return self._known[key]
 
+    def costs(self, cut: Partition) -> list[list[Cost]]:
+        """By time chunk, by stage."""
+        return [by_stage(blocks, cut.stages) for blocks in self.chunks]
+
     def _find(self, lists: Program, held: tuple[int, ...]) -> Partition:
-        quickest = partition(self.blocks, lists.placement, microbatches=lists.microbatches, in_flight=held)
-        if max(_memory(lists, by_stage(self.blocks, quickest.stages), self.sizes)) <= self.memory_bytes:
+        quickest = partition(self.pieces, lists.placement, microbatches=lists.pieces, in_flight=held)
+        if max(_memory(lists, self.costs(quickest), self.sizes)) <= self.memory_bytes:
             return quickest
         try:
             return partition(
-                self.blocks,
+                self.pieces,
                 lists.placement,
-                microbatches=lists.microbatches,
+                microbatches=lists.pieces,
                 in_flight=held,
                 memory_bytes=self.memory_bytes,
             )
@@ -169,9 +181,9 @@ class _Cuts:
             return quickest
 
 
-def _memory(lists: Program, costs: Sequence[Cost], sizes: Sequence[float]) -> tuple[float, ...]:
+def _memory(lists: Program, costs: Sequence[Sequence[Cost]], sizes: Sequence[float]) -> tuple[float, ...]:
     memory = list(peak_activations(lists, costs, sizes))
-    for stage, cost in enumerate(costs):
+    for stage, cost in enumerate(costs[0]):
         memory[lists.placement[stage]] += cost.state_bytes
     return tuple(memory)
 

@@ -34,6 +34,11 @@ class Cost:
     def seconds(self) -> float:
         return self.forward_s + self.input_gradient_s + self.weight_gradient_s
 
+    def part(self, share: float) -> Cost:
+        """Of a part of the microbatch; the state is the same."""
+        parts = {field.name: share * getattr(self, field.name) for field in fields(self)}
+        return Cost(**{**parts, "state_bytes": self.state_bytes})
+
     def __add__(self, then: Cost) -> Cost:
         sums = {field.name: getattr(self, field.name) + getattr(then, field.name) for field in fields(self)}
         return Cost(**{**sums, "output_bytes": then.output_bytes})
@@ -42,6 +47,13 @@ class Cost:
 def total(costs: Iterable[Cost]) -> Cost:
     """Of blocks that follow each other; at least one."""
     return reduce(Cost.__add__, costs)
+
+
+def by_chunk(blocks: Sequence[Cost], shares: Sequence[Sequence[float]]) -> list[list[Cost]]:
+    """``shares``: by block, the part of its microbatch that it computes in each time chunk; none: all in one."""
+    if not shares:
+        return [list(blocks)]
+    return [[block.part(share[t]) for block, share in zip(blocks, shares, strict=True)] for t in range(len(shares[0]))]
 
 
 def by_stage(blocks: Sequence[Cost], stages: Sequence[range]) -> list[Cost]:

@@ -13,6 +13,10 @@ F = I = W = 1/v of a rank's forward, a step of 3M takes longer by
   dualpipe-v        (P-1) / 2      V; F and B in pairs              DeepSeek-AI 2024, DualPipeV
 
 A test holds the lists against those of torch.distributed.pipelining, action for action.
+
+A recurrent model's microbatch may go through the stages in T time chunks, a wavefront: a stage takes a chunk with the state that its own chunk
+before has left, forward in rising order and backward, whose gradient of that state comes from the chunk after, in falling order. So what is
+counted in actions are pieces, T to a microbatch.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ Placement = Literal["looped", "v"]
 
 class Action(NamedTuple):
     """What ``stage`` computes of a microbatch: F, forward; B, the whole backward; or in its place first I, the gradient of its
-    input, then W, the gradients of its weights."""
+    input, then W, the gradients of its weights. ``microbatch``: with T time chunks, T * microbatch + chunk."""
 
     stage: int
     kind: Kind
@@ -51,12 +55,19 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """``placement``: the rank of each stage. ``actions``: by rank, in the order in which it computes them."""
+    """``placement``: the rank of each stage. ``actions``: by rank, in the order in which it computes them. ``chunks``: of time, in which each
+    microbatch goes through the stages."""
 
     schedule: str
     microbatches: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    chunks: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """What a stage computes forward, one after the other."""
+        return self.microbatches * self.chunks
 
     @property
     def ranks(self) -> int:
@@ -441,8 +452,10 @@ def find(name: str) -> Schedule:
     raise UnknownName.of("schedule", name, names())
 
 
-def program(schedule: str | Schedule, ranks: int, microbatches: int, stages_per_rank: int = 0) -> Program:
-    """``stages_per_rank``: 0, the fewest that the schedule takes.
+def program(
+    schedule: str | Schedule, ranks: int, microbatches: int, stages_per_rank: int = 0, chunks: int = 1
+) -> Program:
+    """``stages_per_rank``: 0, the fewest that the schedule takes. ``chunks``: of time.
 
     Any number of microbatches goes: where an order is written for others (rounds; a V that must be filled), it is that for the next
     such number, without those that are too many. A list that runs still does when a microbatch is left out.
@@ -450,6 +463,13 @@ def program(schedule: str | Schedule, ranks: int, microbatches: int, stages_per_
     spec = schedule if isinstance(schedule, Schedule) else find(schedule)
     if ranks < 1 or microbatches < 1:
         raise ConfigError(f"a pipeline needs a rank and a microbatch, not {ranks} and {microbatches}")
+    if chunks < 1:
+        raise ConfigError(f"chunks={chunks} is not possible: 1 (all of a sequence at once) or more")
+    if chunks > 1 and spec.splits_backward:
+        whole_ones = [other.name for other in SCHEDULES if not other.splits_backward]
+        raise ConfigError(
+            f"schedule {spec.name} splits the backward, which does not go with time chunks (chunks={chunks}): choose {_or(whole_ones)}"
+        )
     per_rank = spec.stages_per_rank(stages_per_rank)
     whole = spec.whole(ranks, microbatches)
     return Program(
@@ -457,10 +477,22 @@ def program(schedule: str | Schedule, ranks: int, microbatches: int, stages_per_
         microbatches=microbatches,
         placement=place(spec.placement, ranks, per_rank),
         actions=tuple(
-            tuple(action for action in spec.order(rank, ranks, per_rank, whole) if action.microbatch < microbatches)
+            tuple(
+                piece
+                for action in spec.order(rank, ranks, per_rank, whole)
+                if action.microbatch < microbatches
+                for piece in _in_chunks(action, chunks)
+            )
             for rank in range(ranks)
         ),
+        chunks=chunks,
     )
+
+
+def _in_chunks(action: Action, chunks: int) -> Iterator[Action]:
+    """Each in place of one, so that no list waits for more than before: what another stage needs of a chunk is done no later."""
+    order = range(chunks) if action.kind == "F" else reversed(range(chunks))
+    return (action._replace(microbatch=chunks * action.microbatch + chunk) for chunk in order)
 
 
 def _or(words: Sequence[str]) -> str:

@@ -12,15 +12,18 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from weft.cost import LinkSpeed
 from weft.errors import ConfigError
 from weft.pipelines.channels import Channel, validate
-from weft.pipelines.costs import Cost
+from weft.pipelines.costs import Cost, by_chunk
 from weft.pipelines.schedules import Action, Input, Program
 
 FREE = LinkSpeed(latency_s=0.0, bytes_per_s=math.inf)
+
+#: By stage, of a microbatch of size 1, which its time chunks share evenly; or the same of each time chunk.
+Costs = Sequence[Cost] | Sequence[Sequence[Cost]]
 
 #: aside: a message travels while its sender computes on. blocks: the sender copies it first, as between processes of one host.
 Sending = Literal["aside", "blocks"]
@@ -57,7 +60,7 @@ class Simulation:
 
 def simulate(
     program: Program,
-    costs: Sequence[Cost],
+    costs: Costs,
     link: LinkSpeed | Mapping[Channel, LinkSpeed] = FREE,
     *,
     sizes: Sequence[float] = (),
@@ -65,12 +68,11 @@ def simulate(
     cores: float = math.inf,
     sending: Sending = "aside",
 ) -> Simulation:
-    """``costs``: by stage, of a microbatch of size 1; ``sizes``: by microbatch, if they are not all 1; ``action_s``: what each action
-    takes besides (starting it). ``link``: one speed, or one for each channel. ``cores``: those that the ranks have together, if fewer
+    """``sizes``: by microbatch, if they are not all 1; ``action_s``: what each action takes besides (starting it). ``link``: one speed, or one for each channel. ``cores``: those that the ranks have together, if fewer
     than ranks; each computes on one at most. Raises ConfigError for a program that does not run."""
     sizes = sizes or (1.0,) * program.microbatches
     _check(program, costs, link, sizes, cores, action_s, sending)
-    run = _Simulator(program, costs, link, sizes, action_s, cores, blocks=sending == "blocks")
+    run = _Simulator(program, of_chunks(program, costs), link, sizes, action_s, cores, blocks=sending == "blocks")
     run.go()
     sent = [(action, run.bytes_of(action)) for row in program.actions for action in row if program.sends(action)]
     return Simulation(
@@ -84,14 +86,23 @@ def simulate(
     )
 
 
-def peak_activations(program: Program, costs: Sequence[Cost], sizes: Sequence[float] = ()) -> tuple[float, ...]:
+def of_chunks(program: Program, costs: Costs) -> Sequence[Sequence[Cost]]:
+    """By time chunk, by stage."""
+    if costs and isinstance(costs[0], Cost):
+        stages = cast(Sequence[Cost], costs)
+        return by_chunk(stages, [[1 / program.chunks] * program.chunks] * len(stages))
+    return cast(Sequence[Sequence[Cost]], costs)
+
+
+def peak_activations(program: Program, costs: Costs, sizes: Sequence[float] = ()) -> tuple[float, ...]:
     """By rank, the most bytes of activations at once. The lists alone decide it, not how fast anybody is. What has arrived and is not
     yet used comes on top (``channels.arrivals``)."""
-    peaks = []
+    peaks, chunked = [], of_chunks(program, costs)
     for row in program.actions:
         now = most = 0.0
-        for stage, kind, m in row:
-            nbytes = costs[stage].activation_bytes * (sizes[m] if sizes else 1.0)
+        for stage, kind, piece in row:
+            m, chunk = divmod(piece, program.chunks)
+            nbytes = chunked[chunk][stage].activation_bytes * (sizes[m] if sizes else 1.0)
             now += {"F": nbytes, "I": 0.0, "B": -nbytes, "W": -nbytes}[kind]
             most = max(most, now)
         peaks.append(most)
@@ -105,7 +116,7 @@ class _Simulator:
     def __init__(
         self,
         program: Program,
-        costs: Sequence[Cost],
+        costs: Sequence[Sequence[Cost]],
         link: LinkSpeed | Mapping[Channel, LinkSpeed],
         sizes: Sequence[float],
         action_s: float,
@@ -174,19 +185,21 @@ class _Simulator:
         self.begin(rank)
 
     def seconds_of(self, action: Action) -> float:
-        cost = self.costs[action.stage]
+        m, chunk = divmod(action.microbatch, self.program.chunks)
+        cost = self.costs[chunk][action.stage]
         seconds = {
             "F": cost.forward_s,
             "B": cost.input_gradient_s + cost.weight_gradient_s,
             "I": cost.input_gradient_s,
             "W": cost.weight_gradient_s,
         }
-        return self.action_s + seconds[action.kind] * self.sizes[action.microbatch]
+        return self.action_s + seconds[action.kind] * self.sizes[m]
 
     def bytes_of(self, action: Action) -> float:
         """An output, or the gradient of an input, which is as large as the output of the stage before."""
         source = action.stage if action.kind == "F" else action.stage - 1
-        return self.costs[source].output_bytes * self.sizes[action.microbatch]
+        m, chunk = divmod(action.microbatch, self.program.chunks)
+        return self.costs[chunk][source].output_bytes * self.sizes[m]
 
     def speed_of(self, channel: Channel) -> LinkSpeed:
         return self.link if isinstance(self.link, LinkSpeed) else self.link[channel]
@@ -194,7 +207,7 @@ class _Simulator:
 
 def _check(
     program: Program,
-    costs: Sequence[Cost],
+    costs: Costs,
     link: LinkSpeed | Mapping[Channel, LinkSpeed],
     sizes: Sequence[float],
     cores: float,
@@ -202,8 +215,12 @@ def _check(
     sending: str,
 ) -> None:
     validate(program)
-    if len(costs) != program.stages:
-        raise ConfigError(f"{len(costs)} costs for {program.stages} stages: give one for each")
+    chunked = of_chunks(program, costs)
+    if len(chunked) != program.chunks:
+        raise ConfigError(f"costs of {len(chunked)} time chunks for {program.chunks}: give those of each")
+    for stages in chunked:
+        if len(stages) != program.stages:
+            raise ConfigError(f"{len(stages)} costs for {program.stages} stages: give one for each")
     if len(sizes) != program.microbatches or not all(size > 0 and math.isfinite(size) for size in sizes):
         raise ConfigError(f"sizes={list(sizes)}: give {program.microbatches} positive numbers, one for each microbatch")
     if sending not in get_args(Sending):

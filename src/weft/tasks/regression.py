@@ -10,7 +10,7 @@ def squares(predicted: Tensor, target: Tensor) -> dict[str, tuple[Tensor, float]
     predicted, target = predicted.double(), target.double()
     n = target.numel()
     return {
-        "squared_error": (((predicted - target) ** 2).sum(), n),
+        "loss": (((predicted - target) ** 2).sum(), n),
         "target": (target.sum(), n),
         "squared_target": ((target**2).sum(), n),
     }
@@ -19,6 +19,6 @@ def squares(predicted: Tensor, target: Tensor) -> dict[str, tuple[Tensor, float]
 def mean_squares(totals: dict[str, tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
     """(mean squared error, variance of the targets about their own mean): 1 - their ratio is R2."""
     error, target, squared = (
-        total / count for total, count in (totals[k] for k in ("squared_error", "target", "squared_target"))
+        total / count for total, count in (totals[k] for k in ("loss", "target", "squared_target"))
     )
     return error, squared - target**2

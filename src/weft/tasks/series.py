@@ -1,4 +1,4 @@
-"""Forecasting: a GRU (Cho et al. 2014) reads a window of a series and says what comes next.
+"""Forecasting: a GRU (Cho et al. 2014), or several, one upon the other, reads a window of a series and says what comes next.
 
 By default the series is that of Mackey & Glass (1977, a model of blood cell production; chaotic at a delay of 17), which
 is computed here and labelled as generated; with ``data=FILE.csv`` it is a column of the user's own. The held-out part is
@@ -155,16 +155,18 @@ def _value(path: Path, line: int, column: str, cell: str) -> float:
 
 
 class Forecaster(nn.Module):
-    """The GRU's last state, mapped to how far the next values are from the last one seen."""
+    """The top GRU's last state, mapped to how far the next values are from the last one seen."""
 
-    def __init__(self, hidden: int, ahead: int) -> None:
+    def __init__(self, hidden: int, ahead: int, layers: int = 1) -> None:
         super().__init__()
-        self.gru = nn.GRU(1, hidden, batch_first=True)
+        self.layers = nn.ModuleList([nn.GRU(hidden if k else 1, hidden, batch_first=True) for k in range(layers)])
         self.head = nn.Linear(hidden, ahead)
 
     def forward(self, seen: Tensor) -> Tensor:  # (B, W) -> (B, ahead)
-        state = self.gru(seen[:, :, None])[1][0]  # (B, hidden)
-        change: Tensor = self.head(state)
+        x = seen[:, :, None]
+        for gru in self.layers:
+            x, state = gru(x)  # (B, W, hidden), (1, B, hidden)
+        change: Tensor = self.head(state[0])
         return seen[:, -1:] + change
 
 
@@ -180,18 +182,20 @@ class Series(Task):
         column: Annotated[str, "of that file: its name or its number from 0; needed where there are several"] = "",
         window: Annotated[int, "values that the model sees"] = 32,
         ahead: Annotated[int, "values that it predicts, the next ones"] = 1,
-        hidden: Annotated[int, "width of the GRU's state"] = 32,
+        hidden: Annotated[int, "width of a GRU's state"] = 32,
+        layers: Annotated[int, "GRUs, one upon the other"] = 1,
         lr: Annotated[float, "highest learning rate of Adam; a cosine brings it to 0"] = 1e-2,
     ) -> None:
-        for name, value in (("window", window), ("ahead", ahead), ("hidden", hidden), ("lr", lr)):
+        for name, value in (("window", window), ("ahead", ahead), ("hidden", hidden), ("layers", layers), ("lr", lr)):
             check_positive(name, value)
         if column and data == "none":
             raise ConfigError(f"column={column!r} is of a file, and none is given: add data=FILE.csv, or leave it out.")
         self.path = None if data == "none" else Path(data)
-        self.column, self.window, self.ahead, self.hidden, self.lr = column, window, ahead, hidden, lr
+        self.column, self.window, self.ahead, self.lr = column, window, ahead, lr
+        self.hidden, self.layers = hidden, layers
 
     def model(self) -> nn.Module:
-        return Forecaster(self.hidden, self.ahead)
+        return Forecaster(self.hidden, self.ahead, self.layers)
 
     def data(self) -> tuple[TensorDataset, TensorDataset]:
         train, test = self._split()
