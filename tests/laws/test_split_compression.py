@@ -182,6 +182,29 @@ def test_counted_bytes_and_memory_are_the_planned_ones(tmp_path: Path, layout: s
     assert max(held) == plan["members"][0]["memory"]["error feedback"]
 
 
+class Telling(Broad):
+    """Of a matrix that is not cut, and large enough to be compressed."""
+
+    def model(self) -> nn.Module:
+        model = BroadNet()
+        model.start = nn.Sequential(nn.Linear(6, 32), nn.Linear(32, 32))
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        print("whole:", float(model.start[1].weight.detach().sum()))
+        return super().loss(model, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_is_not_cut_stays_the_same_on_all_workers(tmp_path: Path) -> None:
+    train(tmp_path / "run", Telling(), compressed("data x tensor", "topk:0.05"), 4, steps=12)
+    logs = [(tmp_path / "run" / "logs" / f"worker-{k}.log").read_text().splitlines() for k in range(4)]
+    told = [[line for line in log if line.startswith("whole:")] for log in logs]
+    assert len(set(told[0])) >= 12
+    assert all(lines[-12:] == told[0][-12:] for lines in told)
+
+
 def test_what_several_workers_hold_alike_travels_whole() -> None:
     """Beside different neighbours each would choose other numbers of it, and copies of one parameter would part."""
     facts = facts_of(tensor=2, microbatches=8)
