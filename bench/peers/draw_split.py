@@ -73,7 +73,9 @@ def draw_steps(axes: Any, found: dict[str, dict[str, list[dict[str, Any]]]]) -> 
                 axes.plot(at, planned, **MEASURED, label=label, markerfacecolor="white")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""))
+    axes.yaxis.set_minor_formatter(
+        plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    )
     axes.set(ylabel="seconds a step", title="codelm medium, 2 workers: a step, by their link")
     axes.set_xticks(range(len(found)), list(found))
     axes.legend(frameon=False, fontsize=9)

@@ -279,6 +279,22 @@ def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict)
 @needs_hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("pattern", ["sharded", "pipeline"])
+def test_a_model_in_parts_on_two_hosts_is_that_of_local_and_predicts_by_their_link(
+    tmp_path: Path, truth: dict, pattern: str
+) -> None:
+    with hosts(2, rate="100mbit") as pair:
+        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run", "--insecure", pattern=pattern)])
+        (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
+        assert (code, other_code) == (0, 0), err + other_err
+    link = json.loads((tmp_path / "run" / "plan.json").read_text())["step"]["link"]
+    assert re.fullmatch(r"link (\d\d|1[01]\d)(\.\d+)? Mbit/s measured", link)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
+
+
+@needs_hosts
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_hosts_need_consent(tmp_path: Path) -> None:
     with hosts(2) as pair:
         here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run")])

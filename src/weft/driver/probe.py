@@ -125,7 +125,8 @@ def resolve(
     if here is not None and not neighbours:
         here = msgspec.structs.replace(here, pipeline=None, neighbours={})  # in another layout places were others
         return _settled(config, facts, link, here, "as recorded")
-    speed_matters = between or (known is not None and known.bytes_per_s > 0)
+    predicts = pattern.splits and facts.between_hosts  # within a host it is known well enough
+    speed_matters = between or predicts or (known is not None and known.bytes_per_s > 0)
     kept = known.compress if known is not None and known.compress != NONE else ""
     why_kept = "chosen when the run began, and kept with what it holds back" if kept else ""
     fresh = Measured(world=link.world, carrier=link.carrier)
