@@ -225,7 +225,6 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "dictionary": (Of(lambda: Returns(lambda x, _: {"x": x}, lambda d: d["x"])), P2, 2, Incompatible, "block 'blocks.0' of Of's model returns a dict: .* Return that"),
     "named tuple": (Of(lambda: Returns(lambda x, _: Pair(x, x), lambda d: d.a)), P2, 2, Incompatible, r"returns a Pair of 2 \(Tensor, Tensor\): .*plain tuple"),
     "list": (Of(lambda: Returns(lambda x, _: [x], lambda d: d[0])), P2, 2, Incompatible, r"returns a list of 1 \(Tensor\)"),
-    "nested": (Of(lambda: Returns(lambda x, _: (x, (x, x)), lambda d: d[0])), P2, 2, Incompatible, r"returns a tuple of 2 \(Tensor, tuple\)"),
     "other in eval": (Of(lambda: Returns(lambda x, trains: (x, x) if trains else x, lambda d: d[0])), P2, 2, Incompatible, "one thing in training and another"),
 }  # fmt: skip
 
