@@ -78,6 +78,32 @@ def test_every_schedule_equals_one_process(tmp_path: Path, schedule: str) -> Non
     assert distance(train(tmp_path / "run", Masked("adamw"), pattern, 2, batch=23), truth) <= EQUAL
 
 
+class Noisy(Masked):
+    """Draws something for all blocks at once, and more in each and between."""
+
+    def model(self) -> nn.Module:
+        return NoisyNet()
+
+
+class NoisyNet(MaskedNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = (torch.rand_like(x) < 0.9).to(x.dtype)
+        x, y = x * self.scale, x
+        for block in self.blocks:
+            x, y = block(nn.functional.dropout(x, 0.2, self.training), y, mask)
+        return self.end((x + y) * self.scale)
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_cuts_or_schedule(tmp_path: Path) -> None:
+    truth = train(tmp_path / "truth", Noisy(), Pipeline(schedule="gpipe", microbatches=4), 2)
+    for name, workers in [("zbv", 2), ("1f1b", 3), ("interleaved-zb", 2)]:
+        pattern = Pipeline(schedule=name, microbatches=4)
+        assert distance(train(tmp_path / f"{name}-{workers}", Noisy(), pattern, workers), truth) <= EQUAL
+    others = train(tmp_path / "others", Noisy(), Pipeline(schedule="gpipe", microbatches=4), 2, seed=4)
+    assert distance(others, truth) > 1e-3, "nothing was drawn"
+
+
 TIED = {
     "data x pipeline": (Mesh(data=2, pipeline=2), 4),
     "tensor x pipeline": (Mesh(tensor=2, pipeline=2), 4),

@@ -16,7 +16,7 @@ from weft.patterns.batches import check_loss
 from weft.patterns.pipelined import Chosen, channel_name
 from weft.patterns.randomness import seed_torch
 from weft.patterns.saved import own
-from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, whole_backward
+from weft.patterns.stages import Cuts, input_gradient, passed, rebuilt, tensors_of, unheard, whole_backward
 from weft.patterns.training import first_names
 from weft.patterns.wavefront import Wave
 from weft.pipelines.channels import channel_order
@@ -51,7 +51,7 @@ class PipelineWork:
         self, task: Task, model: nn.Module, chosen: Chosen, place: int, facts: PipelineFacts, groups: Mapping[str, Link]
     ) -> None:
         self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
-        self.through_time = facts.through_time
+        self.through_time, self.num_items = facts.through_time, len(facts.items)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         #: by stage
         self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
@@ -80,8 +80,12 @@ class PipelineWork:
         run = Step(self, batches, shares, seed, precision)
         for at, channel in self.into.items():
             channel.expect(self.coming[at])
-        for action in self.program.actions[self.place]:
-            run.do(action)
+        self.cuts.on_item = run.seed_item
+        try:
+            for action in self.program.actions[self.place]:
+                run.do(action)
+        finally:
+            self.cuts.on_item = unheard
         for channel in self.out.values():
             channel.flush()
         return run.losses
@@ -127,6 +131,7 @@ class Step:
     ) -> None:
         self.work, self.batches, self.shares, self.seed, self.precision = work, batches, shares, seed, precision
         self.losses = [0.0] * len(batches)
+        self.piece = 0  # that is computed now: micro-batch x chunks + chunk
         self.ran: dict[tuple[int, int], Ran] = {}
         self.waves: dict[tuple[int, int], Wave] = {}  # by stage and micro-batch, where these go in time chunks
         self.later: dict[tuple[int, int], Callable[[], None]] = {}
@@ -172,7 +177,7 @@ class Step:
         work, items = self.work, self.work.stages[stage]
         microbatch, chunk = divmod(piece, work.program.chunks)
         given = passed(rebuilt(work.made_of[items.start - 1], received)) if received else None
-        seed_torch(self.seed + piece * len(work.stages) + stage)
+        self.piece = piece
 
         def loss() -> Tensor:
             return work.task.loss(work.model, self.batches[microbatch])
@@ -191,6 +196,13 @@ class Step:
         leaves = [t for t in tensors_of(given) if t.requires_grad]
         self.ran[stage, microbatch] = Ran(leaves, [t for t in tensors if t.is_floating_point()])
         return [own(t).detach() for t in tensors]
+
+    def seed_item(self, item: int) -> None:
+        """By micro-batch (and chunk, where the item goes in chunks) and item: random numbers do not depend on cuts and schedule, and what the code
+        draws for several stages is the same in each."""
+        chunks, items = self.work.program.chunks, self.work.num_items
+        piece = self.piece if item in self.work.through_time else self.piece - self.piece % chunks
+        seed_torch(self.seed + piece * items + item)
 
     def _note_loss(self, made: Any, microbatch: int) -> None:
         check_loss(made, self.work.task)

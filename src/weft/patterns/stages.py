@@ -57,6 +57,8 @@ class Cuts:
         self.reached = 0  # items done
         #: Computes a block: (which, its forward, args, kwargs) -> what goes on.
         self.compute: Callable[[int, Callable[..., Any], Any, Any], Any] = plainly
+        #: Hears which item begins, also of those that another stage computes.
+        self.on_item: Callable[[int], None] = unheard
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
         self.calls: list[Callable[..., Any]] = [block._call_impl for block in self.blocks]
         for k, block in enumerate(self.blocks):
@@ -79,6 +81,7 @@ class Cuts:
             self.reached = k + 1
             if self.reached == self.end:
                 raise Left(made)
+            self.on_item(self.reached)
             return made
 
         return run
@@ -100,6 +103,7 @@ class Cuts:
     def run(self, code: Callable[[], Any], begin: int, end: int, given: Any) -> Any:
         """Of items ``begin`` to ``end``: what the last of them makes; of the rest, what ``code`` returns."""
         self.begin, self.end, self.given, self.reached = begin, end, given, 0
+        self.on_item(0)
         try:
             if begin == 0:
                 made = code()
@@ -112,6 +116,9 @@ class Cuts:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
         return made
+
+
+def unheard(item: int) -> None: ...
 
 
 def plainly(k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -86,6 +86,7 @@ class Wave:
         else:
             end = end if last else min(end, inside.stop)
             if begin <= inside.start and not first:  # what comes before it is done
+                self.cuts.on_item(inside.start)
                 given = self._compute(inside.start, self.cuts.calls[inside.start], (), {})
                 begin = inside.start + 1
             made = given if begin == end else self._run(code, begin, end, given)
