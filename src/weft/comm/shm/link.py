@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from time import perf_counter
@@ -47,7 +48,7 @@ T = TypeVar("T")
 SPINS = 2000  # looks at a counter, about 60 us in all, before the core is offered to others
 GLANCES = 12  # of these looks before the clock is asked; half a microsecond
 YIELD_S = 2e-3  # then this long of sched_yield, then naps
-NAP_S = 50e-6
+NAP_S, NAP_PART, MAX_NAP_S = 50e-6, 1 / 16, 1e-3  # a nap is a part of what has been waited so far
 MAX_PLANS = 256
 TELL_S = 1.0  # for all to say where they called what others did not
 
@@ -438,10 +439,13 @@ class ShmLink(Link):
 
     def _wait(self, counter: int, target: int) -> None:
         words = self._words
-        for _ in range(self._spins):
+        # in another thread than the first, someone computes beside us, who needs the core and Python's lock
+        aside = threading.current_thread() is not threading.main_thread()
+        for _ in range(0 if aside else self._spins):
             if words[counter] >= target:
                 return
-        nap_from = perf_counter() + YIELD_S
+        begin = perf_counter()
+        nap_from = begin if aside else begin + YIELD_S
         while words[counter] < target:
             if words[BROKEN]:
                 self._heed_who_gave_up()
@@ -450,7 +454,7 @@ class ShmLink(Link):
             if now < nap_from:
                 os.sched_yield()
             else:
-                time.sleep(NAP_S)
+                time.sleep(min(max(NAP_S, NAP_PART * (now - begin)), MAX_NAP_S))
 
     # -- errors
 
