@@ -91,12 +91,13 @@ def test_what_leaves_nothing_out_is_one_process(tmp_path: Path, layout: str, com
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("compress", ["int8", "sign", "powersgd:2"])
+@pytest.mark.parametrize("compress", ["int8", "sign"])
 @pytest.mark.parametrize("clip_norm", [0.05, None])
 def test_of_whole_parameters_it_is_allreduce_by_the_same_codec(
     tmp_path: Path, compress: str, clip_norm: float | None
 ) -> None:
-    """Stages hold whole parameters, and each of these codecs looks at one, or at 1024 numbers of it, by itself. What is clipped is what came out."""
+    """Stages hold whole parameters, and each of these codecs looks at one, or at 1024 numbers of it, by itself. What is clipped is what came out. Not PowerSGD:
+    it begins with random columns, and draws them for all that a worker compresses."""
     plain = train(tmp_path / "plain", Broad("plain"), AllReduce(compress=compress, clip_norm=clip_norm), 2)
     got = train(tmp_path / "run", Broad("plain"), compressed("data x pipeline", compress, clip_norm=clip_norm), 4)
     assert distance(got, plain) <= EQUAL
