@@ -183,17 +183,48 @@ class Normed(Regression):
         return nn.Sequential(first, *pair, second, nn.Tanh(), *other)
 
 
+class NormedFirst(Regression):
+    """The norm is no block: it runs with the code before the first one."""
+
+    def model(self) -> nn.Module:
+        return NormedNet()
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+class NormedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.blocks = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.blocks(self.norm(x))
+        return out
+
+
+@pytest.mark.parametrize("task", [Normed(), NormedFirst()])
 @pytest.mark.parametrize(
     ("pattern", "workers"),
-    rest_slow([(Mesh(data=2, pipeline=2, microbatches=3), 4), (Pipeline(microbatches=3), 2), (Mesh(tensor=2, pipeline=2, microbatches=3), 4)]),
-)  # fmt: skip
+    rest_slow(
+        [
+            (
+                Mesh(data=2, pipeline=2, microbatches=3, schedule="zbv"),
+                4,
+            ),  # a worker of two stages asks for the first one's shapes
+            *((Pipeline(microbatches=3, schedule=schedule), 2) for schedule in ("1f1b", "looped-bfs", "dualpipe-v")),
+            (Mesh(tensor=2, pipeline=2, microbatches=3, schedule="1f1b"), 4),
+        ]
+    ),
+)
 def test_running_buffers_are_those_of_data_parallelism_in_pieces(
-    tmp_path: Path, pattern: Pattern, workers: int
+    tmp_path: Path, pattern: Pattern, workers: int, task: weft.Task
 ) -> None:
     """Each lives where its block is, and is joined from there."""
-    truth = train(tmp_path / "plain", Normed(), weft.AllReduce(accumulate=3), pattern.shares(workers), batch=23)
+    truth = train(tmp_path / "plain", task, weft.AllReduce(accumulate=3), pattern.shares(workers), batch=23)
     assert any("running_mean" in name for name in truth)
-    assert distance(train(tmp_path / "run", Normed(), pattern, workers, batch=23), truth) <= EQUAL
+    assert distance(train(tmp_path / "run", task, pattern, workers, batch=23), truth) <= EQUAL
 
 
 class Counts(Regression):

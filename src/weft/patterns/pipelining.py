@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -45,10 +45,17 @@ def move_away(model: nn.Module, uses: Mapping[str, Sequence[int]], chosen: Chose
 
 
 class PipelineWork:
-    """``place``: of this worker in the pipeline. ``groups``: links of its channels, by name."""
+    """``place``: of this worker in the pipeline. ``groups``: links of its channels, by name. ``running``: names of buffers that a step writes to."""
 
     def __init__(
-        self, task: Task, model: nn.Module, chosen: Chosen, place: int, facts: PipelineFacts, groups: Mapping[str, Link]
+        self,
+        task: Task,
+        model: nn.Module,
+        chosen: Chosen,
+        place: int,
+        facts: PipelineFacts,
+        groups: Mapping[str, Link],
+        running: Collection[str],
     ) -> None:
         self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
         self.through_time, self.num_items = facts.through_time, len(facts.items)
@@ -57,6 +64,13 @@ class PipelineWork:
         self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
         self.program, self.stages = chosen.program, chosen.stages
         self.cuts = Cuts(task, model, [item.name for item in facts.items[:-1]])
+        last = {id(b): max(facts.uses[n]) for n, b in model.named_buffers() if n in running}
+        self.cuts.running = [
+            (module._buffers, name, last[id(b)])
+            for module in model.modules()
+            for name, b in module._buffers.items()
+            if id(b) in last
+        ]
         orders = channel_order(self.program)
         self.out = {to: Channel(groups[channel_name(place, to)], True) for at, to in orders if at == place}
         self.into = {at: Channel(groups[channel_name(at, place)], False) for at, to in orders if to == place}
@@ -187,7 +201,7 @@ class Step:
                 tensors = self._wave(stage, microbatch).forward(chunk, given, loss)
             if stage == work.last and tensors:
                 self._note_loss(tensors[0], microbatch)
-            return [t.detach() for t in tensors]
+            return [own(t).detach() for t in tensors]
         with self.precision():
             made = work.cuts.run(loss, items.start, items.stop, given)
         if stage == work.last:

@@ -177,7 +177,8 @@ class SplitReplica(Replica):
         facts, place = self.ctx.facts.pipeline, self.place[PIPELINE]
         assert facts is not None
         move_away(model, facts.uses, chosen, place)
-        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups)
+        running = {b.name for b in self.ctx.facts.buffers if b.running}
+        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups, running)
         self.at_end.callback(self.work.close)
         self.carried_aside = [name for name in self.ctx.groups if name.startswith(CHANNEL)]
 

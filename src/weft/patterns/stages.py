@@ -12,8 +12,9 @@ block, with the loss.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ class Cuts:
         self.compute: Callable[[int, Callable[..., Any], Any, Any], Any] = plainly
         #: Hears which item begins, also of those that another stage computes.
         self.on_item: Callable[[int], None] = unheard
+        #: Buffers that a training step writes to: where each stands, and the last item that does.
+        self.running: list[tuple[dict[str, Tensor | None], str, int]] = []
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
         self.calls: list[Callable[..., Any]] = [block._call_impl for block in self.blocks]
         for k, block in enumerate(self.blocks):
@@ -108,7 +111,7 @@ class Cuts:
             if begin == 0:
                 made = code()
             else:
-                with Before(self):
+                with aside([(of, name) for of, name, last in self.running if last < begin]), Before(self):
                     made = code()
         except Left as left:
             made = tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, left.made)
@@ -116,6 +119,19 @@ class Cuts:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
         return made
+
+
+@contextmanager
+def aside(buffers: Sequence[tuple[dict[str, Tensor | None], str]]) -> Iterator[None]:
+    """What is written to them meanwhile is lost: another stage of this worker may have written it already."""
+    kept = [of[name] for of, name in buffers]
+    for of, name in buffers:
+        of[name] = torch.clone(cast(Tensor, of[name]))
+    try:
+        yield
+    finally:
+        for (of, name), buffer in zip(buffers, kept, strict=True):
+            of[name] = buffer
 
 
 def unheard(item: int) -> None: ...
