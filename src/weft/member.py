@@ -35,7 +35,7 @@ from weft.resilience import checkpoint
 from weft.resilience.faulty_task import strike_task
 from weft.spans import Spans, local_clock
 from weft.task import Defaults
-from weft.usage import Usage, memory_left
+from weft.usage import Usage
 
 TICK_S = 0.2
 SUMS = ("examples", "compute_s", "exchange_s", "wait_s", "skew_s", "hidden_s", "data_s", "bytes_sent", "messages")
@@ -50,9 +50,7 @@ def learn_facts(seat: Seat) -> None:
     config = complete(job.config, task.defaults)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    left = memory_left()
     facts = preflight(task, pattern, config, known_indexes(job.run_dir))
-    facts = msgspec.structs.replace(facts, memory_left=left)
     if job.run_dir:
         state_bytes = sum(p.nbytes for p in facts.params) + facts.optimizer_bytes + sum(b.nbytes for b in facts.buffers)
         checkpoint.check_writable(Path(job.run_dir) / CHECKPOINTS, state_bytes)

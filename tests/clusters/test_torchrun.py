@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -243,19 +243,23 @@ def test_one_host_ends_with_the_parameters_of_local(tmp_path: Path, truth: dict,
     assert_bit_equal(tmp_path / "run", truth)
 
 
-def on_two_hosts(
-    pair: list[Host], arguments_: list[str], *options: str, nproc: int = 1
-) -> Iterator[subprocess.Popen[str]]:
+def on_two_hosts(pair: list[Host], arguments_: list[str], *options: str, nproc: int = 1) -> list[subprocess.Popen[str]]:
     """torchrun on each; the names of these hosts are not known to each other, so addresses are given."""
+    started = []
     for k, host in enumerate(pair):
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{pair[0].address}:29400", "--rdzv-id", "two"]
         conf = ["--rdzv-conf", f"is_host={int(k == 0)}", "--local-addr", host.address]
-        yield host.popen(
-            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(nproc), *meet, *conf, *options, *arguments_],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(nproc), *meet, *conf, *options, *arguments_]
+        started.append(host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def ended_well(both: Sequence[subprocess.Popen[str]]) -> tuple[list[str], str]:
+    """What each of them printed, and what they said on stderr."""
+    done = [finished(process) for process in both]
+    err = "".join(said for _, _, said in done)
+    assert [code for code, _, _ in done] == [0, 0], err
+    return [out for _, out, _ in done], err
 
 
 needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible")
@@ -266,13 +270,12 @@ needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"
 @pytest.mark.multiprocess
 def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict) -> None:
     with hosts(2, rate="100mbit") as pair:
-        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run", "--json", "--insecure")])
-        (code, out, err), (other_code, other_out, other_err) = finished(here), finished(there)
-        assert (code, other_code) == (0, 0), err + other_err
-    printed = [text for text in (out, other_out) if text.strip()]  # either host may get rank 0
+        command = ["-m", "weft", *weft_run(tmp_path / "run", "--json", "--insecure")]
+        out, err = ended_well(on_two_hosts(pair, command))
+    printed = [text for text in out if text.strip()]  # either host may get rank 0
     assert len(printed) == 1, "only rank 0 prints"
     assert json.loads(printed[0].splitlines()[-1])["world"] == 2
-    assert "--insecure" in err + other_err, "the plan says what is not safe"
+    assert "--insecure" in err, "the plan says what is not safe"
     assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
 
 
@@ -284,9 +287,8 @@ def test_a_model_in_parts_on_two_hosts_is_that_of_local_and_predicts_by_their_li
     tmp_path: Path, truth: dict, pattern: str
 ) -> None:
     with hosts(2, rate="100mbit") as pair:
-        here, there = on_two_hosts(pair, ["-m", "weft", *weft_run(tmp_path / "run", "--insecure", pattern=pattern)])
-        (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
-        assert (code, other_code) == (0, 0), err + other_err
+        command = ["-m", "weft", *weft_run(tmp_path / "run", "--insecure", pattern=pattern)]
+        ended_well(on_two_hosts(pair, command))
     link = json.loads((tmp_path / "run" / "plan.json").read_text())["step"]["link"]
     assert re.fullmatch(r"link (\d\d|1[01]\d)(\.\d+)? Mbit/s measured", link)
     assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
@@ -333,9 +335,7 @@ def test_two_hosts_with_two_workers_each_end_with_the_parameters_of_local(
 ) -> None:
     with hosts(2) as pair:
         command = weft_run(tmp_path / "run", "--insecure", collective=collective)
-        here, there = on_two_hosts(pair, ["-m", "weft", *command], nproc=2)
-        (code, _, err), (other_code, _, other_err) = finished(here), finished(there)
-        assert (code, other_code) == (0, 0), err + other_err
+        ended_well(on_two_hosts(pair, ["-m", "weft", *command], nproc=2))
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["choices"]["link"].startswith("hierarchical (several hosts")
     assert plan["choices"]["collective"].startswith(collective)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.diagnose import Spent
 from weft.events import Event, losses_of
+from weft.report.summary import RESULT_KEYS
 
 if TYPE_CHECKING:
     pass
@@ -41,18 +42,7 @@ class RunResult:
     def as_json(self) -> dict[str, Any]:
         """One flat object; the task's metrics stand in it by their names."""
         own = {"loss": self.loss, "train_loss": self.train_loss}
-        rest = (
-            "steps",
-            "seconds",
-            "examples_per_s",
-            "bytes_sent",
-            "world",
-            "run_dir",
-            "bottleneck",
-            "notes",
-            "equivalence",
-        )
-        return own | self.metrics | {k: getattr(self, k) for k in rest}
+        return own | self.metrics | {k: getattr(self, k) for k in RESULT_KEYS if k not in own}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> RunResult:

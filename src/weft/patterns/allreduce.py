@@ -6,7 +6,6 @@ Equal to one process on the joined batch. One exchange a step, of 2(p-1)/p times
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +13,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from weft.codecs.spec import AUTO, NONE, parse, usages
 from weft.cost import GIGABIT, LinkSpeed, bucket_bytes, cut_buckets
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import HELD_BACK, Context, Facts, Group, Kept, Pattern, Role, tail_numel
+from weft.patterns.base import (
+    HELD_BACK,
+    Context,
+    Facts,
+    Group,
+    Kept,
+    Pattern,
+    Role,
+    check_autocast,
+    check_clip_norm,
+    differs_by,
+    tail_numel,
+)
 from weft.patterns.compression_plan import CompressionPlan
 from weft.plan import LinkPlan
 from weft.update import ClipNorm
@@ -88,8 +99,7 @@ class AllReduce(Pattern):
             parse(self.compress)
         if self.accumulate < 1:
             raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
-        if self.clip_norm is not None and not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
-            raise ConfigError(f"clip_norm={self.clip_norm} is not possible: give a positive number, or none.")
+        check_clip_norm(self.clip_norm)
 
     def roles(self, workers: int) -> tuple[Role, ...]:
         return (
@@ -102,8 +112,7 @@ class AllReduce(Pattern):
         )
 
     def check(self, facts: Facts, config: Config) -> None:
-        if self.autocast == "bf16" and config.dtype == "float64":
-            raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+        check_autocast(self.autocast, config.dtype)
         chosen = self.compress not in (NONE, AUTO)  # what auto becomes goes with the optimizer: candidates_of
         if chosen and facts.momentum is None and parse(self.compress).choice.needs_momentum:
             raise Incompatible(
@@ -126,9 +135,7 @@ class AllReduce(Pattern):
         return self.clip_norm is not None
 
     def differs(self, facts: Facts, steps: int) -> str:
-        if self.compress == NONE:
-            return ""
-        return f"compress={self.compress} changes what a step is given: check without it, all else is the same"
+        return differs_by(self.compress)
 
     def unshared(self, facts: Facts, workers: int, carrier: str) -> str:
         """Why each worker steps all parameters; empty: they share the step."""

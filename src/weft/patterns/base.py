@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
+from weft.codecs.spec import NONE
 from weft.comm.link import WORLD
 from weft.config import Settled
 from weft.cost import LinkSpeed
 from weft.data.shards import Index
+from weft.errors import ConfigError, Incompatible
 from weft.plan import LinkPlan, StepPlan
 
 if TYPE_CHECKING:
@@ -142,6 +145,26 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
 def summed_up(names: Iterable[str]) -> str:
     """ "blocks.*.up, blocks.*.down": names that differ in their numbers alone, once."""
     return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+
+
+# -- of options that several patterns have
+
+
+def check_clip_norm(value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"clip_norm={value} is not possible: give a positive number, or none.")
+
+
+def check_autocast(autocast: str, dtype: str) -> None:
+    if autocast == "bf16" and dtype == "float64":
+        raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+
+
+def differs_by(compress: str) -> str:
+    """Why the gradients are not those of one process; empty if they are."""
+    if compress == NONE:
+        return ""
+    return f"compress={compress} changes what a step is given: check without it, all else is the same"
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.errors import ConfigError
 from weft.patterns.base import Facts, ItemFact, PipelineFacts
-from weft.payoff import format_rate, format_size
+from weft.patterns.prediction import assumed, slowest_in_words
+from weft.payoff import format_size
 from weft.pipelines.bound import sequential_s
 from weft.pipelines.channels import Channel, channel_order
 from weft.pipelines.choose import Ranked, best, in_words, rank_schedules, why
@@ -135,7 +136,13 @@ def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
     one = _best(ranked)
     lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank, asked.chunks)
     stages = one.partition.stages
-    return Chosen(lists, stages, one.words, _held(facts, lists, stages), "; ".join([_why(ranked), about_link(known)]))
+    return Chosen(
+        lists,
+        stages,
+        one.words,
+        _held(facts, lists, stages),
+        "; ".join([_why(ranked), slowest_in_words(known.measured.values(), known.speed)]),
+    )
 
 
 def _held(facts: Facts, lists: Program, stages: Sequence[range]) -> tuple[float, ...]:
@@ -152,11 +159,6 @@ def _why(ranked: Sequence[Ranked]) -> str:
     if one.fits:
         return why(ranked).removeprefix(f"{one.words}: ")
     return f"of all the nearest to {format_size(one.allowed_bytes)} of memory a worker, with {format_size(max(one.memory_bytes))}"
-
-
-def about_link(known: Known) -> str:
-    rate = format_rate(min(speed.bytes_per_s for speed in known.measured.values() or [known.speed]))
-    return f"link {rate} {'measured' if known.measured else 'assumed'}"
 
 
 def goes_by_link(facts: Facts, asked: Pipelined, workers: int, far: bool) -> bool:
@@ -188,7 +190,7 @@ class Known:
         assert facts.pipeline is not None
         self.pipeline: PipelineFacts = facts.pipeline
         self.measured = {} if speed else facts.pipeline.speeds
-        self.speed = speed or (GIGABIT if facts.between_hosts else UNMEASURED)
+        self.speed = speed or assumed(facts)
         self.cores, self.per_host = facts.cores, facts.per_host
         self.memory_bytes = facts.memory_left / max(1, facts.per_host) if facts.memory_left else math.inf
         ratio = 1 + 1 + facts.optimizer_bytes / max(1, sum(p.nbytes for p in facts.params if p.trainable))

@@ -7,7 +7,7 @@ machine, and caches and memory that workers share, are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -91,6 +91,11 @@ def activation_bytes(facts: Facts, tensor: int) -> float:
     return of_one(whole, cut.activation_bytes, cut.degree, tensor) if cut is not None else whole
 
 
+def assumed(facts: Facts) -> LinkSpeed:
+    """Of a link that nobody has measured."""
+    return GIGABIT if facts.between_hosts else UNMEASURED
+
+
 def speed_on(facts: Facts, layout: Layout, axis: str) -> LinkSpeed:
     """Of the links along ``axis``, or of all workers: as measured; else as is assumed within hosts, or between them."""
     if not facts.between_hosts:
@@ -119,10 +124,12 @@ def step_parts(
 
 
 def link_in_words(facts: Facts) -> str:
-    speeds = list(facts.pipeline.speeds.values()) if facts.pipeline else []
-    measured = [facts.speed] if facts.speed else speeds
-    assumed = GIGABIT if facts.between_hosts else UNMEASURED
-    rate = min((speed.bytes_per_s for speed in measured), default=assumed.bytes_per_s)
+    speeds = facts.pipeline.speeds.values() if facts.pipeline else ()
+    return slowest_in_words([facts.speed] if facts.speed else speeds, assumed(facts))
+
+
+def slowest_in_words(measured: Collection[LinkSpeed], otherwise: LinkSpeed) -> str:
+    rate = min((speed.bytes_per_s for speed in measured), default=otherwise.bytes_per_s)
     return f"link {format_rate(rate)} {'measured' if measured else 'assumed'}"
 
 

@@ -1,6 +1,6 @@
 """What patterns that split the model have in common: workers stand on the axes of a mesh, and hold one model, or some, together.
 
-All of them are a Layout; what each axis does to a model is in modules of torch's (``sharding``, ``tensors``), and the worker that joins them
+All of them are a Layout; what each axis does to a model is in modules of torch's (``tensors``, ``stages``), and the worker that joins them
 in ``split_replica``.
 """
 
@@ -21,7 +21,20 @@ from weft.comm.link import WORLD
 from weft.config import Settled
 from weft.cost import all_gather_bytes, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
-from weft.patterns.base import HELD_BACK, Facts, Group, Kept, ParamFact, Pattern, Role, summed_up, tail_numel
+from weft.patterns.base import (
+    HELD_BACK,
+    Facts,
+    Group,
+    Kept,
+    ParamFact,
+    Pattern,
+    Role,
+    check_autocast,
+    check_clip_norm,
+    differs_by,
+    summed_up,
+    tail_numel,
+)
 from weft.patterns.copies import compression, held_by_several, held_part
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR, Layout
 from weft.patterns.pipelined import (
@@ -100,8 +113,7 @@ class SplitPattern(Pattern):
 
     def __post_init__(self) -> None:
         self._at_least_one("accumulate", "no accumulation")
-        if self.clip_norm is not None and not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
-            raise ConfigError(f"clip_norm={self.clip_norm} is not possible: give a positive number, or none.")
+        check_clip_norm(self.clip_norm)
 
     def _at_least_one(self, option: str, one_is: str) -> None:
         if (value := getattr(self, option)) < 1:
@@ -172,9 +184,7 @@ class SplitPattern(Pattern):
         return self.clip_norm is not None
 
     def differs(self, facts: Facts, steps: int) -> str:
-        if self.codec == NONE:
-            return ""
-        return f"compress={self.codec} changes what a step is given: check without it, all else is the same"
+        return differs_by(self.codec)
 
     # -- what copies of a part send each other in fewer bytes
 
@@ -255,8 +265,7 @@ class SplitPattern(Pattern):
 
     def check(self, facts: Facts, config: Config) -> None:
         layout = self.layout(config.workers)
-        if self.autocast == "bf16" and config.dtype == "float64":
-            raise Incompatible("autocast=bf16 would undo --dtype float64: leave one of them out.")
+        check_autocast(self.autocast, config.dtype)
         if config.cluster == "inprocess" and config.workers > 1:
             raise Incompatible(
                 f"{self.name} needs a process for each worker (torch keeps process groups in globals): use --cluster local."
@@ -529,9 +538,10 @@ class SplitPattern(Pattern):
                 "the model has no blocks: it is gathered as a whole at each step. Give the task blocks(model)"
             )
         if config.workers > 1:
+            why = self.made_whole(facts, layout)
             result.append(
-                f"each worker makes the model whole before it keeps its part: {self.made_whole(facts, layout)}"
-                if self.made_whole(facts, layout)
+                f"each worker makes the model whole before it keeps its part: {why}"
+                if why
                 else "the model is made block by block: no worker ever holds the whole"
             )
         if self.codec != NONE:

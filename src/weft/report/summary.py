@@ -13,6 +13,21 @@ from dataclasses import dataclass, field
 
 from weft.events import Event, losses_of
 
+#: Of a result, in the order in which they are told. What else stands in it are the task's metrics.
+RESULT_KEYS = (
+    "loss",
+    "train_loss",
+    "steps",
+    "seconds",
+    "examples_per_s",
+    "bytes_sent",
+    "world",
+    "run_dir",
+    "bottleneck",
+    "notes",
+    "equivalence",
+)
+
 #: What a member's time goes into, and the key of its seconds in a "ticks" event.
 SHARES = {"compute": "compute_s", "communication": "exchange_s", "waiting": "wait_s", "data": "data_s"}
 #: Weight of the past in the smoothed loss, per step: it looks back over about 50 steps.

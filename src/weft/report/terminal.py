@@ -30,7 +30,7 @@ from weft.report.human import (
     plan_length,
     plan_size,
 )
-from weft.report.summary import SHARES, Summary, number
+from weft.report.summary import RESULT_KEYS, SHARES, Summary, number
 from weft.report.widgets import SHARE_LOOK, Curve, Facts, Progress, share_bar
 
 T = TypeVar("T")
@@ -40,22 +40,6 @@ REFRESH_S = 0.25
 LINE_EVERY_S = 5.0
 MAX_ROWS = 8  # members shown one by one in the live view
 TIER_STYLE = {"stable": "green", "beta": "yellow", "contrib": "magenta"}
-#: Keys of a result that are not metrics of the task.
-RESULT_KEYS = {
-    *(
-        "loss",
-        "train_loss",
-        "steps",
-        "seconds",
-        "examples_per_s",
-        "bytes_sent",
-        "world",
-        "run_dir",
-        "bottleneck",
-        "notes",
-        "equivalence",
-    )
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- plan

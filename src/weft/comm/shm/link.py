@@ -439,11 +439,11 @@ class ShmLink(Link):
 
     def _wait(self, counter: int, target: int) -> None:
         words = self._words
-        # in another thread than the first, someone computes beside us, who needs the core and Python's lock
-        aside = threading.current_thread() is not threading.main_thread()
-        for _ in range(0 if aside else self._spins):
+        for _ in range(self._spins):
             if words[counter] >= target:
                 return
+        # in another thread than the first, someone computes beside us, who needs the core and Python's lock
+        aside = threading.current_thread() is not threading.main_thread()
         begin = perf_counter()
         nap_from = begin if aside else begin + YIELD_S
         while words[counter] < target:
