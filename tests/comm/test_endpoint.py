@@ -302,6 +302,50 @@ def test_why_a_member_left_is_heard_by_one_that_only_sends() -> None:
     first.close()
 
 
+def receive(endpoint: Endpoint, num_bytes: int) -> bytes:
+    into = bytearray(num_bytes)
+    endpoint.wait([endpoint.irecv(0, lambda head: [memoryview(into)])], time.monotonic() + DEADLINE_S, doing="a test")
+    return bytes(into)
+
+
+def test_what_was_sent_arrives_though_its_sender_has_closed_before_it_read_a_sign_of_life() -> None:
+    """More than the receiver's kernel holds: the rest is with the sender's, which forgets it if it closes with something unread."""
+    first, second = Mesh(2).members
+    sent = bytes(range(250)) * 10_000
+    first.isend(1, 0, Meta("data").encode(), [sent])
+    second._send(0, second._control(Kind.PONG), ())
+    wait = in_thread(first.close)
+    time.sleep(0.1)  # so that it closes before anything is read, if it will
+    assert receive(second, len(sent)) == sent
+    wait()
+    second.close()
+
+
+def test_what_was_sent_is_taken_though_a_sign_of_life_finds_its_sender_gone() -> None:
+    first, second = Mesh(2).members
+    for k in range(3):
+        first.send(1, k, Meta("data"), [bytes([k]) * 1000])
+    first.close()
+    for k in range(3):
+        for _ in range(3):
+            second._send(0, second._control(Kind.PONG), ())
+            time.sleep(0.01)  # the kernel of the one that is gone answers that it is
+        assert receive(second, 1000) == bytes([k]) * 1000
+    lost = second.recv_any()
+    assert isinstance(lost, Lost)
+    assert lost.left, "also the goodbye"
+    second.close()
+
+
+def test_closing_waits_for_a_peer_that_takes_nothing_for_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "FLUSH_S", 0.1)
+    first, second = Mesh(2).members
+    for k in range(20):
+        first.isend(1, k, Meta("data").encode(), [bytes(1_000_000)])
+    in_thread(first.close)()
+    second.close()
+
+
 def test_a_killed_member_is_lost_and_may_come_back() -> None:
     mesh = Mesh(3)
     first, second, third = mesh.members

@@ -11,11 +11,14 @@ import ipaddress
 import os
 import selectors
 import socket
+import struct
+import termios
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from fcntl import ioctl
 from itertools import islice
 
 from weft.comm import wire
@@ -26,7 +29,8 @@ from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, 
 
 CHUNK_BYTES = 1 << 20  # at most this much in one system call: both directions get their turn
 TURN_BYTES = 4 << 20  # at most this much from one peer before the others are looked at
-FLUSH_S = 1.0  # how long a closing endpoint tries to get its goodbyes out
+FLUSH_S = 1.0  # how long a closing endpoint waits for peers that take nothing more of what it has sent
+LOOK_S = 0.0005  # at how much of it they have taken, for the kernel does not tell
 MAX_STRANGERS = 64  # connections that have not yet said who they are
 SO_MAX_PACING_RATE = 47  # Linux 3.13 and later; Python 3.11's socket does not name it
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -75,9 +79,10 @@ def _is_loopback(host: str) -> bool:
 class _Queued:
     """A frame on its way out: what is left of it, and whom to tell when nothing is."""
 
-    def __init__(self, views: Sequence[memoryview], sending: Sending) -> None:
+    def __init__(self, views: Sequence[memoryview], sending: Sending, is_data: bool) -> None:
         self.views = deque(views)
         self.sending = sending
+        self.is_data = is_data
 
     def advance(self, num_bytes: int) -> None:
         while num_bytes:
@@ -103,6 +108,7 @@ class _Connection:
         self.out: deque[_Queued] = deque()
         self.held = False  # a head is here and nobody takes it: no reading until somebody does
         self.interest = READ  # what the selector watches
+        self.deaf = False  # it takes nothing more, but what it has sent before may still be here
         self.dropped = False
 
     def write(self) -> None:
@@ -231,7 +237,10 @@ class TcpEndpoint(Endpoint):
 
     def _queue(self, connection: _Connection, head: Head, payload: Sequence[memoryview]) -> Sending:
         sending = Sending(-1 if connection.peer is None else connection.peer)
-        connection.out.append(_Queued([memoryview(wire.encode_head(head)), *payload], sending))
+        is_data = head.kind is Kind.DATA
+        if connection.deaf and not is_data:
+            return sending
+        connection.out.append(_Queued([memoryview(wire.encode_head(head)), *payload], sending, is_data))
         if len(connection.out) == 1:  # most frames fit into the kernel's buffer: no need to ask the selector
             with self._serving(connection):
                 self._write(connection)
@@ -296,6 +305,10 @@ class TcpEndpoint(Endpoint):
         try:
             connection.write()
         except OSError:
+            if connection.peer is not None and not any(queued.is_data for queued in connection.out):
+                connection.out.clear()  # signs of life, which nobody misses there
+                connection.deaf = True
+                return
             with suppress(OSError):  # a peer that closes says why before, and the kernel keeps what it said
                 while not connection.dropped and self._read(connection):
                     pass
@@ -402,8 +415,8 @@ class TcpEndpoint(Endpoint):
         self._closed = True
         goodbye = wire.encode_head(self._goodbye(error))
         for connection in self._connected.values():
-            connection.out.append(_Queued([memoryview(goodbye)], Sending(-1)))
-        self._flush(list(self._connected.values()), time.monotonic() + FLUSH_S)
+            connection.out.append(_Queued([memoryview(goodbye)], Sending(-1), False))
+        self._flush(set(self._connected.values()))
         for connection in (*self._connected.values(), *self._strangers):
             connection.sock.close()
         self._connected.clear()
@@ -411,17 +424,39 @@ class TcpEndpoint(Endpoint):
         self._selector.close()
         self._listener.close()
 
-    def _flush(self, connections: list[_Connection], until: float) -> None:
-        with selectors.DefaultSelector() as selector:
-            for connection in connections:
-                selector.register(connection.sock, WRITE, connection)
-            while selector.get_map() and (left := until - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    with suppress(OSError):
-                        key.data.write()
-                        if key.data.out:
-                            continue
-                    selector.unregister(key.fileobj)
+    def _flush(self, connections: set[_Connection]) -> None:
+        """Until the peers' kernels have all of it. What comes meanwhile is thrown away: a socket that is closed before it is read takes back what it
+        has not delivered."""
+        until = time.monotonic() + self.deadline_s
+        quiet_since, left = time.monotonic(), -1
+        waste = bytearray(CHUNK_BYTES)
+        while connections and time.monotonic() < min(until, quiet_since + FLUSH_S):
+            before, left = left, 0
+            for connection in list(connections):
+                try:
+                    connection.write()
+                    with suppress(BlockingIOError):
+                        if not connection.sock.recv_into(waste):
+                            raise ConnectionResetError
+                    undelivered = unread(connection.sock)
+                except OSError:
+                    connections.discard(connection)
+                    continue
+                if not connection.out and not undelivered:
+                    connections.discard(connection)
+                left += undelivered + sum(len(view) for queued in connection.out for view in queued.views)
+            if connections:
+                if left != before:
+                    quiet_since = time.monotonic()
+                time.sleep(LOOK_S)
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that the kernel keeps until the peer's has them; 0 where it does not tell."""
+    try:
+        return int(struct.unpack("i", ioctl(sock, termios.TIOCOUTQ, b"\0" * 4))[0])
+    except OSError:
+        return 0
 
 
 #: Of this process. A child of a fork (a DataLoader's worker) must not keep their connections open: it may outlive us, and
