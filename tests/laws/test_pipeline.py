@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_running_buffers_are_those_of_data_parallelism_in_pieces(
     truth = train(tmp_path / "plain", task, weft.AllReduce(accumulate=3), pattern.shares(workers), batch=23)
     assert any("running_mean" in name for name in truth)
     assert distance(train(tmp_path / "run", task, pattern, workers, batch=23), truth) <= EQUAL
+
+
+def test_by_default_no_piece_is_too_small_for_a_norm(tmp_path: Path) -> None:
+    """Shares of 7 examples: pieces of one could not be normalised. 8 pieces, and these, are the default without a norm."""
+    train(tmp_path / "run", Normed(), Mesh(data=2, pipeline=2), 4, batch=14)
+    notes = json.loads((tmp_path / "run" / "plan.json").read_text())["notes"]
+    assert any(note.startswith("3 micro-batches of 3 examples") for note in notes)
 
 
 class Counts(Regression):

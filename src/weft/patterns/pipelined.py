@@ -114,12 +114,13 @@ def check_pipelined(asked: Pipelined, accumulate: int) -> None:
         )
 
 
-def num_microbatches(asked: Pipelined, workers: int, share: int) -> int:
+def num_microbatches(asked: Pipelined, workers: int, share: int, least: int = 1) -> int:
+    """Of a share of so many examples. ``least``: examples that one needs, where nothing was asked for."""
     if asked.microbatches > share:
         raise ConfigError(
             f"microbatches={asked.microbatches} is more than the {share} examples of a share: use at most {share}, or a larger --batch."
         )
-    return asked.microbatches or min(-(-MICROBATCHES_PER_WORKER * workers // asked.chunks), share)
+    return asked.microbatches or min(-(-MICROBATCHES_PER_WORKER * workers // asked.chunks), max(1, share // least))
 
 
 def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:

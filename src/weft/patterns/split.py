@@ -253,10 +253,11 @@ class SplitPattern(Pattern):
             learned["tensor"] = learn(task, model, batch(share), layout.tensor)
         if layout.pipeline > 1:
             from weft.patterns.stages import learn as learn_stages
+            from weft.patterns.stages import least_examples
             from weft.patterns.wavefront import learn as learn_chunks
 
             parted = learned["tensor"].parted if layout.tensor > 1 else ()
-            microbatches = num_microbatches(self.pipelined, layout.pipeline, share)
+            microbatches = num_microbatches(self.pipelined, layout.pipeline, share, least_examples(model))
             examples, chunks = -(-share // microbatches), self.pipelined.chunks
             # no schedule of time chunks splits the backward, and of a recurrent block torch's split is dear
             known = learn_stages(task, model, batch, held_out, examples, microbatches, parted=parted, split=chunks == 1)

@@ -178,6 +178,11 @@ def out_of_order(task: Task, names: Sequence[str], now: int, reached: int) -> st
     return f"{who}'s model runs block {names[now]!r} before {names[reached]!r}: a pipeline needs them in the order of blocks(model), one after the other."
 
 
+def least_examples(model: nn.Module) -> int:
+    """That a micro-batch needs: BatchNorm cannot normalise by one."""
+    return 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()) else 1
+
+
 # -- tensors that pass a cut
 
 
