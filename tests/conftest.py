@@ -7,12 +7,19 @@ environment.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
+
+import weft
+from weft.clusters import local
+from weft.testing.hosts import why_not
 
 MARK = "WEFT_TEST_SESSION"
 #: A child that has been told to end gets this long; it is not a measure of speed.
@@ -32,6 +39,33 @@ torch.set_num_threads(1)
 settings.register_profile("weft", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("weft")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    """Importing torch would be most of what the tests take. Those of the command line begin cold, as users do."""
+    of_a_process = local.surroundings
+
+    def of_a_test() -> object:
+        """pytest keeps the name of what runs in the environment."""
+        variables, *place = of_a_process()
+        return {name: value for name, value in variables.items() if name != "PYTEST_CURRENT_TEST"}, *place
+
+    with pytest.MonkeyPatch.context() as patch, weft.warm():
+        patch.setattr(local, "surroundings", of_a_test)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def alone_with_hosts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """They are of the whole machine: tests count them, and who makes some sweeps what others have left."""
+    if request.node.get_closest_marker("hosts") is None:
+        yield
+        return
+    if why := why_not():
+        pytest.skip(why)
+    with FileLock(Path(tempfile.gettempdir()) / f"weft-tests-hosts-{os.getuid()}.lock"):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +89,9 @@ def strays() -> set[psutil.Process]:
     me = psutil.Process()
     found = set(me.children(recursive=True))
     found |= {process for process in psutil.process_iter() if process.pid != me.pid and is_marked(process)}
-    return {process for process in found if is_running(process)}
+    kept = local.KEPT.get()
+    at_rest = kept.idle.pid if kept is not None and kept.idle is not None else None
+    return {process for process in found if process.pid != at_rest and is_running(process)}
 
 
 def is_marked(process: psutil.Process) -> bool:

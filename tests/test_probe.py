@@ -33,7 +33,7 @@ from weft.payoff import Probe, choose
 from weft.report.observers import Silent
 from weft.report.probe import render_probe
 from weft.testing import Fault, kill, throttle
-from weft.testing.hosts import hosts, why_not
+from weft.testing.hosts import hosts
 
 HUNDRED_MBIT = 12.5e6  # bytes a second
 SETTINGS = {"link": "auto", "device": "auto", "threads": 1, "deadline_s": 60.0, "insecure": False}
@@ -172,9 +172,6 @@ def test_what_cannot_be_probed_is_refused(
         ask()
 
 
-needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible")
-
-
 def probe_two_hosts() -> Probe:
     with hosts(2, rate="100mbit") as pair:
         here, there = on_two_hosts(pair, ["-m", "weft", "probe", "--json", "--insecure"])
@@ -185,7 +182,7 @@ def probe_two_hosts() -> Probe:
     return msgspec.convert(told, Probe)
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_hosts_at_100_mbit_are_found_to_be_so() -> None:
@@ -296,7 +293,7 @@ def test_auto_stands_only_where_all_workers_meet() -> None:
         LocalSGD(island=2, within=AllReduce(compress="auto"))
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_between_hosts_auto_compresses_and_says_why(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.clusters.inprocess import InProcess as InProcess
     from weft.clusters.local import Local as Local
+    from weft.clusters.local import warm as warm
     from weft.clusters.torchrun import Torchrun as Torchrun
     from weft.driver import RunResult as RunResult
     from weft.driver import resume as resume
@@ -53,6 +54,7 @@ _HOMES = {
     "export": "weft.exporting",
     "resume": "weft.driver",
     "run": "weft.driver",
+    "warm": "weft.clusters.local",
 }
 
 __all__ = ["__version__", *_HOMES]

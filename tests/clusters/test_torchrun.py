@@ -29,7 +29,7 @@ from weft.compare import final_parameters
 from weft.errors import ConfigError, Incompatible
 from weft.events import read_events
 from weft.testing import kill
-from weft.testing.hosts import Host, hosts, why_not
+from weft.testing.hosts import Host, hosts
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 JOB = {"steps": 60, "batch": 60, "save_every": 20, "seed": 5, "dtype": "float64"}
@@ -262,10 +262,7 @@ def ended_well(both: Sequence[subprocess.Popen[str]]) -> tuple[list[str], str]:
     return [out for _, out, _ in done], err
 
 
-needs_hosts = pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible")
-
-
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict) -> None:
@@ -279,7 +276,7 @@ def test_two_hosts_end_with_the_parameters_of_local(tmp_path: Path, truth: dict)
     assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("pattern", ["sharded", "pipeline"])
@@ -294,7 +291,7 @@ def test_a_model_in_parts_on_two_hosts_is_that_of_local_and_predicts_by_their_li
     assert distance(final_parameters(tmp_path / "run"), truth) <= 1e-9
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_hosts_need_consent(tmp_path: Path) -> None:
@@ -308,7 +305,7 @@ def test_two_hosts_need_consent(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_host_that_is_lost_ends_the_run_on_the_other(tmp_path: Path) -> None:
@@ -326,7 +323,7 @@ def test_a_host_that_is_lost_ends_the_run_on_the_other(tmp_path: Path) -> None:
     assert re.search(gone + "|worker . failed", err)
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("collective", ["auto", "tree"])
@@ -344,7 +341,7 @@ def test_two_hosts_with_two_workers_each_end_with_the_parameters_of_local(
     assert sent == pytest.approx(60 * 4 * plan["links"][0]["bytes_per_step"], rel=0.05)
 
 
-@needs_hosts
+@pytest.mark.hosts
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_worker_killed_on_one_host_is_named_on_the_other(tmp_path: Path) -> None:

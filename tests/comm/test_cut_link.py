@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.testing.hosts import hosts, why_not
+from weft.testing.hosts import hosts
 
 DEADLINE_S = 3.0
 PORT = 7300
@@ -39,7 +39,7 @@ except CommError as error:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible")
+@pytest.mark.hosts
 def test_a_link_cut_in_mid_transfer_ends_by_the_deadline(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from weft.errors import ConfigError
-from weft.testing.hosts import END_S, Host, hosts, sweep, why_not
+from weft.testing.hosts import END_S, Host, hosts, sweep
 
 pytestmark = [
     pytest.mark.multiprocess,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"),
+    pytest.mark.hosts,
 ]
 
 SEND = """

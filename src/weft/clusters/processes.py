@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import psutil
 
 from weft.clusters.base import Asked, Exited, LinkSpec, MemberSpec, Message, Output, Session, SessionEvent
 from weft.clusters.pipe import Closed, Pipe
@@ -20,6 +21,7 @@ from weft.clusters.zygote import STOP, encode_start
 from weft.errors import MemberFailed, from_wire
 
 CLOSE_S = 1.0
+REST_S = 2.0
 
 
 class ProcessSession(Session):
@@ -43,7 +45,7 @@ class ProcessSession(Session):
         theirs.close()
         self._pipe = Pipe(ours)
         # a task given as an object is imported from where it was here
-        self._send({"do": "path", "path": sys.path, "preload": list(preload)})
+        self._send(path_now(preload))
 
     @property
     def pid(self) -> int:
@@ -78,6 +80,33 @@ class ProcessSession(Session):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    def rest(self) -> bool:
+        """Be as if nothing had been started yet, for another run. False: it cannot, and is to be closed."""
+        try:
+            self._send({"do": "rest"})
+            until = time.monotonic() + REST_S
+            while (left := until - time.monotonic()) > 0 and self._pipe.ready(left):
+                for (
+                    message
+                ) in self._pipe.read():  # what else still comes is of the run before, which nobody asks for any more
+                    if message["event"] == "rests":
+                        return not message["members"] and not self._started_by_members()
+        except (Closed, MemberFailed):
+            pass
+        return False
+
+    def wake(self, preload: Sequence[str]) -> bool:
+        """After ``rest``. False: it has ended meanwhile."""
+        try:
+            self._pipe.send(path_now(preload))
+        except Closed:
+            return False
+        return self._process.poll() is None
+
+    def _started_by_members(self) -> list[int]:
+        """Processes of this session; the members are gone."""
+        return [pid for pid in psutil.pids() if pid != self.pid and session_of(pid) == self.pid]
+
     def _send(self, command: dict[str, Any]) -> None:
         try:
             self._pipe.send(command)
@@ -91,6 +120,17 @@ class ProcessSession(Session):
         code = self._process.returncode
         cause = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
         return MemberFailed(f"the supervisor of the workers (pid {self._process.pid}) died: {cause}", cause=cause)
+
+
+def path_now(preload: Sequence[str]) -> dict[str, Any]:
+    return {"do": "path", "path": sys.path, "preload": list(preload)}
+
+
+def session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return 0
 
 
 def translate(message: dict[str, Any]) -> SessionEvent:

@@ -4,7 +4,7 @@ Why one, and why it never computes: a parent that has used torch's threads hangs
 follows the forking *thread*, so the thread must live as long as the members. Whoever dies, nobody stays: the zygote dies
 with the launcher (its death signal; on other systems, when the socket ends), members with the zygote.
 
-Run as ``python -m weft.clusters.zygote FD``. From the launcher: path, start, signal, ask. To it: message, output, asked,
+Run as ``python -m weft.clusters.zygote FD``. From the launcher: path, start, signal, ask, rest. To it: message, output, asked,
 exited.
 """
 
@@ -220,6 +220,7 @@ class Zygote:
                 self._start(command)
             elif command["do"] == "path":
                 sys.path[:] = command["path"]
+                importlib.invalidate_caches()
                 self.preload = command["preload"]
             elif command["do"] == "signal":
                 for child in self.children.values():
@@ -227,6 +228,9 @@ class Zygote:
                         os.kill(child.pid, command["signal"])
             elif command["do"] == "ask":
                 self._ask()
+            elif command["do"] == "rest":
+                self._close_transports()
+                self.launcher.send({"event": "rests", "members": len(self.children)})
 
     def _start(self, command: dict[str, Any]) -> None:
         if not self.children:
