@@ -137,6 +137,12 @@ def message_all_reduce_bytes(algorithm: str, nbytes: int, world: int) -> int:
     return ring_all_reduce_bytes(nbytes, world)  # folded or not, halving sends as much
 
 
+def carrier_aside(carrier: str, asked: str) -> str:
+    """Of messages that come while their receiver computes. Who waits in shared memory looks again and again, and takes the core and Python's lock
+    from it; for a socket the kernel does."""
+    return "tcp" if carrier == "shm" and asked == AUTO else carrier
+
+
 def all_gather_bytes(carrier: str, nbytes: int, world: int, hosts: Sequence[int] = ()) -> int:
     """What one of ``world`` members sends so that all get its ``nbytes``, if all have as many."""
     if carrier == HIERARCHICAL and hosts:

@@ -136,6 +136,18 @@ def test_clipping_is_of_the_whole_gradient(tmp_path: Path) -> None:
         assert distance(train(tmp_path / f"run{k}", Masked(), pattern, workers), truth) <= 1e-5
 
 
+@pytest.mark.parametrize(("link", "between_stages"), [("auto", "tcp"), ("shm", "shm")])
+def test_what_carries_between_stages_is_in_the_plan_and_changes_nothing(
+    tmp_path: Path, link: str, between_stages: str
+) -> None:
+    """Who waits there waits beside a computation; shared memory is taken where it was asked for."""
+    truth = train_plainly(Masked(), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", Masked(), Pipeline(schedule="zbv"), 2, link=link), truth) <= EQUAL
+    links = json.loads((tmp_path / "run" / "plan.json").read_text())["links"]
+    assert {one["carrier"] for one in links if one["group"] == "pipeline"} == {between_stages}
+    assert {one["carrier"] for one in links if one["group"] != "pipeline"} == {"shm"}
+
+
 @pytest.mark.slow
 def test_the_last_batch_of_an_epoch_is_smaller(tmp_path: Path) -> None:
     """211 = 8 x 26 + 3 examples, in four micro-batches."""

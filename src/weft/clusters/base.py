@@ -47,6 +47,7 @@ class LinkSpec:
     host: str = "127.0.0.1"
     store: StoreSpec | None = None
     group: str = WORLD
+    aside: bool = False  # its messages travel while members compute
     members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
     speed: LinkSpeed | None = None  # of the slowest way between two of them, where it was measured
     collective: str = AUTO  # how messages all-reduce

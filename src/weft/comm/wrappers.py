@@ -154,7 +154,7 @@ class FaultyLink(Link):
             self._link.all_reduce(buffers, op)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        given = tensor.detach().clone()
+        given = tensor.detach().clone() if self._faults else tensor
         return self._link.all_gather(given) if self._strike([given]) else [given] * self.world
 
     def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:

@@ -78,10 +78,11 @@ def prepare(
     def links_of(pattern: Pattern) -> list[LinkSpec]:
         return [
             LinkSpec(
-                chosen,
+                cost.carrier_aside(chosen, config.link) if group.aside else chosen,
                 len(group.members),
                 config.deadline_s,
                 nbytes=group.nbytes + HEAP_SLACK,
+                aside=group.aside,
                 port=config.port if group.name == WORLD else 0,
                 device=facts.device,
                 group=group.name,
@@ -257,6 +258,8 @@ def how_messages_travel(specs: Sequence[LinkSpec]) -> dict[str, str]:
     """For the plan: by which algorithm each group all-reduces, by size; nothing where the carrier has its own way."""
     said: dict[str, str] = {}
     for spec in specs:
+        if spec.aside:  # nothing is reduced there
+            continue
         between = len(spec.hosts) if spec.carrier == cost.HIERARCHICAL else spec.world
         if spec.carrier in (cost.HIERARCHICAL, *cost.MESSAGE_CARRIERS) and between > 1:
             name = "collective" if spec.group == WORLD else f"collective of {spec.group}"

@@ -19,7 +19,7 @@ from weft.clusters.base import LinkSpec, Session, hosts_of
 from weft.codecs.spec import AUTO, NONE, is_compressed, parse
 from weft.comm.probe import HEAP_BYTES
 from weft.config import Config, Measured
-from weft.cost import HIERARCHICAL, LinkSpeed
+from weft.cost import HIERARCHICAL, LinkSpeed, carrier_aside
 from weft.driver.calls import call, call_all
 from weft.errors import ConfigError
 from weft.patterns import registry
@@ -67,8 +67,10 @@ def pairs_of(world: int, carrier: str) -> list[tuple[int, int]]:
     return sorted([(k, k + 1) for k in range(world - 1)] + [(0, world - 1)])
 
 
-def measure(order: Order, link: LinkSpec, session: Session, observer: Observer, say: Callable[[str], None]) -> Found:
-    """In throw-away members, joined as ``link`` says, and each pair by such a link of its own."""
+def measure(
+    order: Order, link: LinkSpec, session: Session, observer: Observer, say: Callable[[str], None], of_pairs: str = ""
+) -> Found:
+    """In throw-away members, joined as ``link`` says, and each pair by such a link of its own (or by the carrier ``of_pairs``)."""
     found = Found([], [])
 
     def hear(said: dict[str, Any]) -> None:
@@ -81,7 +83,14 @@ def measure(order: Order, link: LinkSpec, session: Session, observer: Observer, 
 
     whole = dataclasses.replace(link, nbytes=HEAP_BYTES, port=0)
     pairs = [
-        dataclasses.replace(whole, world=2, group=pair_name(pair), members=pair, hosts=hosts_of(pair, link.hosts))
+        dataclasses.replace(
+            whole,
+            carrier=of_pairs or link.carrier,
+            world=2,
+            group=pair_name(pair),
+            members=pair,
+            hosts=hosts_of(pair, link.hosts),
+        )
         for pair in order.pairs
     ]
     call_all(session, observer, "weft.measure:measure", msgspec.to_builtins(order), [whole, *pairs], hear)
@@ -139,15 +148,16 @@ def resolve(
     leaders = [ranks[0] for ranks in link.hosts] if link.carrier == HIERARCHICAL else []
     among_leaders = list(itertools.pairwise(leaders))
     stands_for = alike(neighbours, session.hosts)
+    aside = carrier_aside(link.carrier, config.link)
     order = Order(
         config=with_compress(config, kept or NONE) if asked or kept else config,
         facts=facts,
         carrier=link.carrier,
         codecs=[NONE, *candidates] if asked and not kept else [],
-        pairs=sorted({*among_leaders, *(stands_for.values() if link.world > 2 else ())}),
+        pairs=sorted({*among_leaders, *(stands_for.values() if link.world > 2 or aside != link.carrier else ())}),
         hosts=[len(ranks) for ranks in link.hosts],
     )
-    found = measure(order, link, session, observer, lambda _: None)
+    found = measure(order, link, session, observer, lambda _: None, aside)
     speed = found.among(among_leaders)
     between_s = facts.step_s / pattern.exchanges_per_step(facts, config)
     if kept:

@@ -225,11 +225,13 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Group:
-    """Members who talk to each other, in rank order; ``nbytes``: what each exchanges, to be held where the carrier likes it."""
+    """Members who talk to each other, in rank order; ``nbytes``: what each exchanges, to be held where the carrier likes it; ``aside``: while
+    they compute."""
 
     name: str
     members: tuple[int, ...]
     nbytes: int
+    aside: bool = False
 
 
 #: What kinds of state only some patterns have, and leave in their checkpoints.

@@ -19,7 +19,7 @@ import msgspec
 from weft.codecs.spec import NONE, is_compressed, parse
 from weft.comm.link import WORLD
 from weft.config import Settled
-from weft.cost import all_gather_bytes, reduce_scatter_bytes
+from weft.cost import all_gather_bytes, carrier_aside, reduce_scatter_bytes
 from weft.errors import ConfigError, Incompatible
 from weft.patterns.base import (
     HELD_BACK,
@@ -234,7 +234,7 @@ class SplitPattern(Pattern):
             for row in self.layout(workers).groups(PIPELINE):
                 # a link's members stand in order of their ranks
                 pair = tuple(sorted((row[sender], row[receiver])))
-                yield Group(channel_name(sender, receiver), pair, nbytes)
+                yield Group(channel_name(sender, receiver), pair, nbytes, aside=True)
 
     # -- what it can do
 
@@ -330,7 +330,7 @@ class SplitPattern(Pattern):
             plans += [
                 LinkPlan(
                     members=f"stage worker {k} of {layout.pipeline}",
-                    carrier=carrier,
+                    carrier=carrier_aside(carrier, config.link),
                     bytes_per_step=nbytes,
                     what="activations to the next stage, gradients to the one before",
                     group=PIPELINE,

@@ -74,8 +74,8 @@ class SplitReplica(Replica):
             self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
         )
         self.at_end = ExitStack()
-        if ctx.world > 1:
-            leave_no_gaps()
+        if self.layout.sharded > 1 or self.layout.tensor > 1:
+            leave_no_gaps()  # a pipeline makes each gradient anew for each micro-batch, and the kernel would have to clear it each time
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
             super().__init__(ctx, **settings)
