@@ -63,6 +63,19 @@ class Row(nn.Module):
 # -- beside the blocks' results
 
 
+class Looks(Row):
+    """At numbers, between blocks: a later stage runs this code without them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks[:3]:
+            x = block(x)
+        assert x.isfinite().all()
+        for block in self.blocks[3:]:
+            x = block(x)
+        return self.end(x)
+
+
 class Skips(Row):
     def forward(self, x: Tensor) -> Tensor:
         x = early = self.first(x)
@@ -212,6 +225,7 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "norm in a plan": (Planned(lambda: Mlp(8, nn.BatchNorm1d(8)), up="column", down="row"), T2, 2, Incompatible, "leave out the Linears round it"),
     # blocks
     "no blocks": (Of(lambda: nn.Linear(6, 1)), P2, 2, Incompatible, "has no blocks that run one after the other.* give the task blocks"),
+    "looks at numbers": (Of(Looks), P2, 2, TaskError, "before the end of block 'blocks.3', .* looks at numbers .*__bool__.*after the last block"),
     "skip": (Of(Skips), P2, 2, TaskError, "after block 'blocks.3', .* uses what it computed before that block ended.*let the blocks return that"),
     "twice": (Of(Twice), P2, 2, TaskError, "runs block 'blocks.0' twice in one loss or evaluate.*or make one block"),
     "twice in evaluate": (RunsTwice(Row), P2, 2, TaskError, "runs block 'blocks.0' twice .*Compute all from one run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +33,7 @@ def test_what_is_packed_comes_out(kinds: list[tuple[list[int], torch.dtype]]) ->
 def ends() -> Iterator[tuple[Channel, Channel]]:
     endpoints = inproc_endpoints(2)
     first, second = (connect_inproc(rank, 2, endpoints, 2.0) for rank in range(2))
-    sender, receiver = Channel(first, sends=True), Channel(second, sends=False)
+    sender, receiver = Channel(first, sends=True, peer=7), Channel(second, sends=False, peer=4)
     yield sender, receiver
     for channel in (sender, receiver):
         channel.link.close()
@@ -65,3 +66,30 @@ def test_a_sender_that_dies_is_seen_by_who_waits(ends: tuple[Channel, Channel]) 
     threading.Timer(0.2, lambda: sender.link.fail(CommError("gone for a reason"))).start()
     with pytest.raises(CommError):
         receiver.take((0,))
+
+
+def test_a_wait_names_the_peer_by_its_number_in_the_run(ends: tuple[Channel, Channel]) -> None:
+    sender, _ = ends
+    sender.link.deadline_s = 0.1
+    sender._under_way = 1  # that no thread carries
+    with pytest.raises(CommError, match="rank 7 did not come within 0.1 s to take what was sent") as raised:
+        sender.flush()
+    assert raised.value.ranks == (7,)
+
+
+@pytest.mark.slow
+def test_messages_that_move_on_may_take_longer_than_the_deadline_together(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    for k in range(3):
+        sender.send((k,), [torch.tensor(k)])
+
+    def take_slowly() -> None:
+        for _ in range(3):
+            time.sleep(1.2)
+            receiver.expect(1)
+
+    thread = threading.Thread(target=take_slowly)
+    thread.start()
+    sender.flush()
+    thread.join()
+    assert [receiver.take((k,))[0].item() for k in range(3)] == [0, 1, 2]

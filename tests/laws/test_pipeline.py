@@ -247,6 +247,59 @@ def test_by_default_no_piece_is_too_small_for_a_norm(tmp_path: Path) -> None:
     assert any(note.startswith("3 micro-batches of 3 examples") for note in notes)
 
 
+@pytest.mark.parametrize("task", [Normed(), NormedFirst()])
+@pytest.mark.parametrize("pattern", rest_slow([Pipeline(schedule="1f1b"), Pipeline(schedule="zbv")]))
+def test_a_last_batch_too_small_for_all_pieces_is_that_of_accumulation(
+    tmp_path: Path, task: weft.Task, pattern: Pattern
+) -> None:
+    """211 = 8 x 26 + 3 examples: one piece, for two would have one that no norm can take, and what fills the others leaves no trace."""
+    job: dict[str, Any] = {"batch": 26, "steps": 10}
+    truth = train(tmp_path / "plain", task, weft.AllReduce(accumulate=8), 1, **job)
+    assert distance(train(tmp_path / "run", task, pattern, 2, **job), truth) <= EQUAL
+
+
+class Grouped(Masked):
+    """Groups by place in the list, or by shape; of the latter some stages have none."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        given = list(params)
+        matrices, rest = [p for p in given if p.dim() > 1], [p for p in given if p.dim() <= 1]
+        first, second = (given[:-3], given[-3:]) if self.by == "place" else (matrices, rest)
+        groups = [{"params": first}, {"params": second, "lr": 0.2, "weight_decay": 0.1}]
+        return torch.optim.SGD([group for group in groups if group["params"]], lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("by", rest_slow(["place", "shape"]))
+def test_groups_of_parameters_are_those_of_the_whole_model(tmp_path: Path, by: str) -> None:
+    """Also in what is saved: the second half is another pattern's."""
+    truth = train_plainly(Grouped(by), steps=STEPS, batch=24, run_seed=3)
+    job: dict[str, Any] = {"dtype": "float64", "steps": STEPS, "batch": 24, "seed": 3, "cluster": "local"}
+    for k, (first, then, workers) in enumerate(
+        [(Pipeline(schedule="zbv"), weft.AllReduce(), 1), (weft.AllReduce(), Pipeline(schedule="1f1b"), 2)]
+    ):
+        place, begun = tmp_path / f"run{k}", job | {"save_every": STEPS // 2, "faults": [kill(rank=0, step=STEPS - 1)]}
+        with pytest.raises(MemberFailed):
+            weft.run(Grouped(by), workers=3 - workers, pattern=first, run_dir=place, **begun)
+        weft.resume(place, task=Grouped(by), pattern=then, workers=workers)
+        assert distance(final_parameters(place), truth) <= EQUAL
+
+
+class Sized(Regression):
+    """Its examples come to an evaluation a few at a time."""
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        assert len(batch[0]) <= 4 * 3, "four micro-batches of a share"
+        return super().evaluate(model, batch)
+
+
+def test_an_evaluation_takes_as_much_at_once_as_micro_batches_do(tmp_path: Path) -> None:
+    train(tmp_path / "run", Sized(), Pipeline(schedule="1f1b"), 2, batch=24, steps=2)
+
+
 class Counts(Regression):
     """Held-out metrics without the loss, which then takes a pass of its own."""
 

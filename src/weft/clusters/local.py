@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ class Local(Cluster):
 
     def open(self, preload: Sequence[str]) -> ProcessSession:
         kept = KEPT.get()
-        return ProcessSession(preload) if kept is None or kept.owner != os.getpid() else kept.take(preload)
+        return ProcessSession(preload) if kept is None or kept.owner != here() else kept.take(preload)
 
     def check(self, carrier: str) -> None:
         if carrier == "inproc":
@@ -69,7 +70,7 @@ class Kept:
     """At most one zygote at rest."""
 
     def __init__(self) -> None:
-        self.owner = os.getpid()
+        self.owner = here()
         self.open = True
         self.idle: WarmSession | None = None
 
@@ -112,6 +113,11 @@ class WarmSession(ProcessSession):
 
 
 KEPT: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+def here() -> tuple[int, int]:
+    """A child of a fork has this memory, too, but not its processes; they die with the thread that started them."""
+    return os.getpid(), threading.get_ident()
 
 
 def surroundings() -> tuple[object, ...]:

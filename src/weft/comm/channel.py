@@ -28,10 +28,10 @@ Message = Sequence[torch.Tensor]
 
 
 class Channel:
-    """``sends``: this member's end. Errors of the thread are raised by the next call of its owner."""
+    """``sends``: this member's end; ``peer``: who is at the other. Errors of the thread are raised by the next call of its owner."""
 
-    def __init__(self, link: Link, sends: bool) -> None:
-        self.link, self.sends = link, sends
+    def __init__(self, link: Link, sends: bool, peer: int) -> None:
+        self.link, self.sends, self.peer = link, sends, peer
         self.waited_s = 0.0  # of the owner, in ``take`` and ``flush``
         self._queue: queue.Queue[tuple[Tag, Message] | int | None] = queue.Queue(MAX_QUEUED)
         self._arrived: dict[Tag, Message] = {}
@@ -74,16 +74,19 @@ class Channel:
         try:
             self._queue.put(work, timeout=self.link.deadline_s)
         except queue.Full:
-            raise late_error([1 - self.link.rank], self.link.deadline_s, "take what was sent") from None
+            raise late_error([self.peer], self.link.deadline_s, "take what was sent") from None
 
     def _wait(self, ready: Any, what: str) -> Any:
-        begin = time.monotonic()
+        begin = since = time.monotonic()  # since: when the last message was done
         with self._change:
+            under_way = self._under_way
             while (found := ready()) is None:
                 self._check()
-                left = self.link.deadline_s - (time.monotonic() - begin)
+                if self._under_way != under_way:
+                    under_way, since = self._under_way, time.monotonic()
+                left = self.link.deadline_s - (time.monotonic() - since)
                 if left <= 0:
-                    raise late_error([1 - self.link.rank], self.link.deadline_s, what)
+                    raise late_error([self.peer], self.link.deadline_s, what)
                 self._change.wait(left)
         self._check()
         self.waited_s += time.monotonic() - begin

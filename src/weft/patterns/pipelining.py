@@ -13,6 +13,7 @@ from weft.comm.channel import Channel
 from weft.comm.link import Link
 from weft.patterns.base import PipelineFacts
 from weft.patterns.batches import check_loss
+from weft.patterns.buffers import aside, places
 from weft.patterns.pipelined import Chosen, channel_name
 from weft.patterns.randomness import seed_torch
 from weft.patterns.saved import own
@@ -45,7 +46,7 @@ def move_away(model: nn.Module, uses: Mapping[str, Sequence[int]], chosen: Chose
 
 
 class PipelineWork:
-    """``place``: of this worker in the pipeline. ``groups``: links of its channels, by name. ``running``: names of buffers that a step writes to."""
+    """``place``: of this worker in the pipeline. ``groups``: links of its channels, by name. ``row``: the workers of its places. ``running``: names of buffers that a step writes to."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class PipelineWork:
         place: int,
         facts: PipelineFacts,
         groups: Mapping[str, Link],
+        row: Sequence[int],
         running: Collection[str],
     ) -> None:
         self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
@@ -64,16 +66,10 @@ class PipelineWork:
         self.weights = [[p for n, p in trained.items() if set(facts.uses[n]) & set(items)] for items in chosen.stages]
         self.program, self.stages = chosen.program, chosen.stages
         self.cuts = Cuts(task, model, [item.name for item in facts.items[:-1]])
-        last = {id(b): max(facts.uses[n]) for n, b in model.named_buffers() if n in running}
-        self.cuts.running = [
-            (module._buffers, name, last[id(b)])
-            for module in model.modules()
-            for name, b in module._buffers.items()
-            if id(b) in last
-        ]
+        self.cuts.running = [(at, max(facts.uses[n])) for n, each in places(model, running).items() for at in each]
         orders = channel_order(self.program)
-        self.out = {to: Channel(groups[channel_name(place, to)], True) for at, to in orders if at == place}
-        self.into = {at: Channel(groups[channel_name(at, place)], False) for at, to in orders if to == place}
+        self.out = {to: Channel(groups[channel_name(place, to)], True, row[to]) for at, to in orders if at == place}
+        self.into = {at: Channel(groups[channel_name(at, place)], False, row[at]) for at, to in orders if to == place}
         self.coming = {at: len(orders[at, place]) for at in self.into}
         self.own_stages = [k for k, worker in enumerate(self.program.placement) if worker == place]
         self.last = len(self.stages) - 1
@@ -196,13 +192,15 @@ class Step:
         def loss() -> Tensor:
             return work.task.loss(work.model, self.batches[microbatch])
 
+        # of what counts for nothing nothing may be kept
+        written = [] if self.shares[microbatch] else [place for place, _ in work.cuts.running]
         if work.program.chunks > 1:
-            with self.precision():
+            with aside(written), self.precision():
                 tensors = self._wave(stage, microbatch).forward(chunk, given, loss)
             if stage == work.last and tensors:
                 self._note_loss(tensors[0], microbatch)
             return [own(t).detach() for t in tensors]
-        with self.precision():
+        with aside(written), self.precision():
             made = work.cuts.run(loss, items.start, items.stop, given)
         if stage == work.last:
             self._note_loss(made, microbatch)

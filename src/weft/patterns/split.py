@@ -481,6 +481,9 @@ class SplitPattern(Pattern):
 
         def at(place: int, here: Sequence[ParamFact]) -> dict[str, int]:
             held = self._held(facts, layout, here)
+            # of a micro-batch after the first each gradient is made beside the one that it is added to
+            again = chosen is not None and facts.pipeline is not None and facts.pipeline.microbatches > 1
+            made = max((self._held(facts, layout, [p]) for p in here if p.trainable), default=0) if again else 0
             trained = self._held(facts, layout, [p for p in here if p.trainable])
             activations = activation_bytes(facts, layout.tensor) if chosen is None else chosen.activation_bytes[place]
             compresses = self.codec != NONE and layout.data > 1
@@ -488,7 +491,7 @@ class SplitPattern(Pattern):
             return ({"error feedback": kept} if compresses else {}) | {
                 "parameters": held,
                 "gathered": self._gathered_bytes(facts, layout) if layout.sharded > 1 else 0,
-                "gradients": trained * (2 if layout.data > 1 else 1),
+                "gradients": trained * (2 if layout.data > 1 else 1) + made,
                 "optimizer": facts.optimizer_bytes * trained // whole,
                 "activations": int(activations) // self.accumulate,
                 "buffers": sum(b.nbytes for b in facts.buffers),

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,9 +52,6 @@ from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
     from weft.patterns.base import Context, Resume
-
-
-NOTHING = ""  # the name of what an optimizer is given where it has no parameters
 
 
 class SplitReplica(Replica):
@@ -100,10 +96,21 @@ class SplitReplica(Replica):
             }
         self.stepped = self.parts
 
-    def _to_optimize(self) -> list[nn.Parameter]:
-        #: For the optimizer of a stage that has no parameters.
-        self.stand_in = {} if self.params else {NOTHING: nn.Parameter(torch.zeros(0))}
-        return [*super()._to_optimize(), *self.stand_in.values()]
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """The task may sort parameters into groups, by place or shape: it is given all, and the groups are the same on all workers. Those that live
+        elsewhere are then left out."""
+        stands_for = {
+            id(p): nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape))  # of this shape, in no memory
+            for p in self.model.parameters()
+            if p.requires_grad and p.is_meta
+        }
+        optimizer = self.task.optimizer([stands_for.get(id(p), p) for p in self.model.parameters() if p.requires_grad])
+        elsewhere = {id(p) for p in stands_for.values()}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in elsewhere]
+        for p in stands_for.values():
+            optimizer.state.pop(p, None)
+        return optimizer
 
     def link_on(self, axis: str) -> Link:
         """Of those that differ from this worker in their place on ``axis`` alone."""
@@ -178,7 +185,9 @@ class SplitReplica(Replica):
         assert facts is not None
         move_away(model, facts.uses, chosen, place)
         running = {b.name for b in self.ctx.facts.buffers if b.running}
-        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups, running)
+        self.pieces = facts.microbatches
+        row = next(row for row in self.layout.groups(PIPELINE) if self.ctx.rank in row)
+        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups, row, running)
         self.at_end.callback(self.work.close)
         self.carried_aside = [name for name in self.ctx.groups if name.startswith(CHANNEL)]
 
@@ -222,7 +231,7 @@ class SplitReplica(Replica):
         assert self.work is not None
         assert self.ctx.facts.pipeline is not None
         begin = time.perf_counter()
-        pieces = np.array_split(draw.indices, self.ctx.facts.pipeline.microbatches)
+        pieces = self._pieces(draw)
         batches = [self.feed.batch(each) if len(each) else self._spare_batch() for each in pieces]
         weights = [
             float(self.task.num_examples(batch)) if len(each) else 0.0
@@ -304,7 +313,7 @@ class SplitReplica(Replica):
         return result
 
     def _optimizer_state(self) -> dict[str, Any]:
-        own = optimizer_state_by_name(self.optimizer, {**self.stepped, **self.stand_in})
+        own = optimizer_state_by_name(self.optimizer, self.stepped)
         params = {p.name: p for p in self.ctx.facts.params}
         row = self.link_on(PIPELINE)
         told = tell_all(row, [{n: described(state) for n, state in own["state"].items()}, own["param_groups"]])
@@ -350,10 +359,7 @@ class SplitReplica(Replica):
             dict(group) | {"params": [n for n in group["params"] if n in self.params or n not in self.names]}
             for group in state["param_groups"]
         ]
-        groups[0]["params"] += list(self.stand_in)
-        load_optimizer_state_by_name(
-            self.optimizer, {**self.params, **self.stand_in}, {"state": parts, "param_groups": groups}
-        )
+        load_optimizer_state_by_name(self.optimizer, self.params, {"state": parts, "param_groups": groups})
 
 
 class SplitMean(JoinedMean):

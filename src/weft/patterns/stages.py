@@ -12,9 +12,8 @@ block, with the loss.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from weft.errors import Incompatible, TaskError
 from weft.patterns.base import ItemFact, PipelineFacts
 from weft.patterns.blocks import find_blocks
+from weft.patterns.buffers import Place, aside
 from weft.patterns.metrics import evaluating
 from weft.patterns.saved import own
 from weft.task import Task
@@ -60,8 +60,8 @@ class Cuts:
         self.compute: Callable[[int, Callable[..., Any], Any, Any], Any] = plainly
         #: Hears which item begins, also of those that another stage computes.
         self.on_item: Callable[[int], None] = unheard
-        #: Buffers that a training step writes to: where each stands, and the last item that does.
-        self.running: list[tuple[dict[str, Tensor | None], str, int]] = []
+        #: Buffers that a training step writes to, and the last item that does.
+        self.running: list[tuple[Place, int]] = []
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
         self.calls: list[Callable[..., Any]] = [block._call_impl for block in self.blocks]
         for k, block in enumerate(self.blocks):
@@ -111,7 +111,8 @@ class Cuts:
             if begin == 0:
                 made = code()
             else:
-                with aside([(of, name) for of, name, last in self.running if last < begin]), Before(self):
+                # another stage of this worker may have written these already
+                with aside([place for place, last in self.running if last < begin]), Before(self):
                     made = code()
         except Left as left:
             made = tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, left.made)
@@ -119,19 +120,6 @@ class Cuts:
             self.given = None
             self.begin, self.end = 0, len(self.blocks) + 1
         return made
-
-
-@contextmanager
-def aside(buffers: Sequence[tuple[dict[str, Tensor | None], str]]) -> Iterator[None]:
-    """What is written to them meanwhile is lost: another stage of this worker may have written it already."""
-    kept = [of[name] for of, name in buffers]
-    for of, name in buffers:
-        of[name] = torch.clone(cast(Tensor, of[name]))
-    try:
-        yield
-    finally:
-        for (of, name), buffer in zip(buffers, kept, strict=True):
-            of[name] = buffer
 
 
 def unheard(item: int) -> None: ...
@@ -156,11 +144,10 @@ class Before(TorchFunctionMode):
             args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
             try:
                 return func(*args, **kwargs)
-            except NotImplementedError as error:
-                raise TaskError(
-                    f"{type(self.cuts.task).__name__}'s code before block {self.cuts.names[self.cuts.begin - 1]!r} looks at numbers that another stage "
-                    f"computes: {error}"
-                ) from error
+            except (NotImplementedError, RuntimeError) as error:
+                if "meta" not in str(error):
+                    raise
+                raise TaskError(looks(self.cuts, self.cuts.begin, func)) from error
         return func(*args, **kwargs)
 
 
@@ -177,6 +164,22 @@ def any_meta(arguments: Iterable[Any]) -> bool:
 
 #: What may be asked of a tensor without numbers at any time.
 ASKS = {getattr(Tensor, name).__get__ for name in ("is_meta", "shape", "device", "dtype", "requires_grad")}
+
+
+#: What Python makes of a tensor's numbers.
+LOOKS = {
+    *(Tensor.item, Tensor.tolist, Tensor.numpy),
+    *(Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
+}
+
+
+def looks(cuts: Cuts, end: int, func: Any) -> str:
+    """``end``: the first item that may be another stage's."""
+    return (
+        f"before the end of block {cuts.names[end - 1]!r}, {type(cuts.task).__name__}'s code looks at numbers that its model has computed "
+        f"({getattr(func, '__name__', func)}): a later stage of a pipeline runs that code, too, and has no numbers there. Look at them after the last "
+        "block, or at the batch's alone."
+    )
 
 
 def out_of_order(task: Task, names: Sequence[str], now: int, reached: int) -> str:
@@ -265,6 +268,8 @@ class Uses(TorchFunctionMode):
                 if made_at < now:
                     raise TaskError(skips(self.cuts, now, func))
                 learned = True
+        if learned and func in LOOKS and now < len(self.cuts.names):
+            raise TaskError(looks(self.cuts, now + 1, func))
         versions = [t._version for t in given]
         result = func(*args, **(kwargs or {}))
         for t, version in zip(given, versions, strict=True):

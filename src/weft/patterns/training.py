@@ -27,6 +27,7 @@ from weft.data.sampler import Draw
 from weft.errors import CheckpointError, TaskError
 from weft.patterns.base import Context, Resume, SafePoint, StepReport
 from weft.patterns.batches import Batches, check_loss
+from weft.patterns.buffers import aside, places
 from weft.patterns.feeds import make_feed, readable
 from weft.patterns.metrics import Totals, evaluate_batch, evaluating
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
@@ -115,7 +116,7 @@ class Replica:
     ) -> None:
         config, task = ctx.config, ctx.task
         self.ctx, self.task, self.link, self.chain = ctx, task, ctx.link, list(chain)
-        self.accumulate = accumulate
+        self.accumulate = self.pieces = accumulate  # of a share, which are computed one after the other
         self.share, self.shares = ctx.pattern.share_of(ctx.rank, ctx.world), ctx.pattern.shares(ctx.world)
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         seed_everything(key_int(config.seed, "data"))
@@ -127,7 +128,8 @@ class Replica:
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
         running = {b.name for b in ctx.facts.buffers if b.running}
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
-        self.optimizer = task.optimizer(self._to_optimize())
+        self.running_places = [place for each in places(self.model, running).values() for place in each]
+        self.optimizer = self._make_optimizer()
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
         self.stepped: Mapping[str, nn.Parameter] = (
             self.params
@@ -166,8 +168,8 @@ class Replica:
         else:
             self._equalise()
 
-    def _to_optimize(self) -> list[nn.Parameter]:
-        return list(self.params.values())
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return self.task.optimizer(list(self.params.values()))
 
     @property
     def names(self) -> Sequence[str]:
@@ -216,7 +218,7 @@ class Replica:
     def _compute(self, draw: Draw) -> tuple[float, float, float]:
         """Forward and backward of a share: (seconds of loading, sum of losses, their weight)."""
         spans, data_s, loss_sum, weight = self.spans, 0.0, 0.0, 0.0
-        pieces = np.array_split(draw.indices, self.accumulate) if self.accumulate > 1 else [draw.indices]
+        pieces = self._pieces(draw)
         last = max((k for k, indices in enumerate(pieces) if len(indices)), default=0)
         for k, indices in enumerate(pieces):
             if len(indices) == 0 and not self.computes_jointly:
@@ -227,7 +229,7 @@ class Replica:
             data_s += loaded - loading
             n = self.task.num_examples(batch) if len(indices) else 0.0
             with self.precision():
-                loss = self._loss(batch)
+                loss = self._loss(batch) if n else self._uncounted_loss(batch)
             check_loss(loss, self.task)
             share = n / self.joined
             if spans is not None:
@@ -241,6 +243,18 @@ class Replica:
             if spans is not None:
                 spans.add("backward", forwarded, time.perf_counter())
         return data_s, loss_sum, weight
+
+    def _uncounted_loss(self, batch: Any) -> Tensor:
+        """Of a spare batch: nothing of it may be kept."""
+        with aside(self.running_places):
+            return self._loss(batch)
+
+    def _pieces(self, draw: Draw) -> list[Any]:
+        """Of its examples, as evenly as can be; where a norm needs two of them, the last ones stay empty."""
+        if self.pieces == 1:
+            return [draw.indices]
+        filled = min(self.pieces, max(1, len(draw.indices) // (2 if self.running else 1)))
+        return [*np.array_split(draw.indices, filled), *[draw.indices[:0]] * (self.pieces - filled)]
 
     def _loss(self, batch: Any) -> Tensor:
         return self.task.loss(self.model, batch)
@@ -316,7 +330,7 @@ class Replica:
         """Held-out metrics over all ranks, the same numbers on each."""
         ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
-        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / self.shares / self.accumulate))
+        size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / self.shares / self.pieces))
         totals = Totals(self.task, ctx.facts.sums)
         mine = own_share(self.num_test, self.share, self.shares, neighbours="held-out" in ctx.facts.indexes)
         longest = math.ceil(self.num_test / self.shares) if self.computes_jointly else len(mine)
