@@ -11,6 +11,7 @@ import torch
 from tests.laws.reference import Regression
 from tests.laws.test_pipeline import MaskedNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import weft
 from weft import Mesh, Pipeline, Sharded
@@ -73,6 +74,14 @@ class Looks(Row):
         assert x.isfinite().all()
         for block in self.blocks[3:]:
             x = block(x)
+        return self.end(x)
+
+
+class Checkpointed(Row):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
         return self.end(x)
 
 
@@ -226,6 +235,7 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     # blocks
     "no blocks": (Of(lambda: nn.Linear(6, 1)), P2, 2, Incompatible, "has no blocks that run one after the other.* give the task blocks"),
     "looks at numbers": (Of(Looks), P2, 2, TaskError, "before the end of block 'blocks.3', .* looks at numbers .*__bool__.*after the last block"),
+    "checkpoint": (Of(Checkpointed), P2, 2, TaskError, "backward runs block 'blocks.[0-9]' once more .*put the checkpoint inside the block"),
     "skip": (Of(Skips), P2, 2, TaskError, "after block 'blocks.3', .* uses what it computed before that block ended.*let the blocks return that"),
     "twice": (Of(Twice), P2, 2, TaskError, "runs block 'blocks.0' twice in one loss or evaluate.*or make one block"),
     "twice in evaluate": (RunsTwice(Row), P2, 2, TaskError, "runs block 'blocks.0' twice .*Compute all from one run"),

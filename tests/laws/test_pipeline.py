@@ -12,6 +12,7 @@ from tests.laws.reference import Regression, distance, train_plainly
 from tests.laws.test_sharded import Deep
 from tests.variants import rest_slow
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weft
 from weft.compare import final_parameters
@@ -298,6 +299,44 @@ class Sized(Regression):
 
 def test_an_evaluation_takes_as_much_at_once_as_micro_batches_do(tmp_path: Path) -> None:
     train(tmp_path / "run", Sized(), Pipeline(schedule="1f1b"), 2, batch=24, steps=2)
+
+
+class Checkpointed(Regression):
+    """Blocks forget what they computed, and backward computes it again."""
+
+    def model(self) -> nn.Module:
+        return CheckpointedNet()
+
+
+class CheckpointedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList(Forgetful() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        out: torch.Tensor = self.last(x)
+        return out
+
+
+class Forgetful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = checkpoint(self.inside, x, use_reentrant=False)
+        return out
+
+
+@pytest.mark.parametrize("schedule", rest_slow(["1f1b", "zbv"]))
+def test_blocks_may_be_checkpointed(tmp_path: Path, schedule: str) -> None:
+    truth = train(tmp_path / "plain", Checkpointed(), Pipeline(schedule="gpipe", microbatches=4), 4)
+    run = train(tmp_path / "run", Checkpointed(), Pipeline(schedule=schedule, microbatches=4), 2)
+    assert distance(run, truth) <= EQUAL
 
 
 class Counts(Regression):

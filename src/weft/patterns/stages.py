@@ -73,6 +73,11 @@ class Cuts:
 
     def _instead_of(self, call: Callable[..., Any], k: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            if torch._C._current_graph_task_id() >= 0:
+                raise TaskError(
+                    f"backward runs block {self.names[k]!r} once more (activation checkpointing round it), and a stage of a pipeline has not all that it is "
+                    "given there: put the checkpoint inside the block, in its forward."
+                )
             if k != self.reached:
                 raise TaskError(out_of_order(self.task, self.names, k, self.reached))
             if k == self.begin - 1:
