@@ -49,7 +49,7 @@ class Local(Cluster):
 
 @contextmanager
 def warm() -> Iterator[None]:
-    """Runs that begin inside it, one after the other, on this machine, keep the process that their workers are forked from.
+    """Runs that this thread begins inside it, one after the other, on this machine, keep the process that their workers are forked from.
 
     Starting Python and importing torch is most of what a short run takes, and is done once. Each run still has processes of its own. The
     kept process is let go when the environment or the working directory changes, after a run that left something running, and at the end.

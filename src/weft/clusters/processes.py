@@ -86,9 +86,7 @@ class ProcessSession(Session):
             self._send({"do": "rest"})
             until = time.monotonic() + REST_S
             while (left := until - time.monotonic()) > 0 and self._pipe.ready(left):
-                for (
-                    message
-                ) in self._pipe.read():  # what else still comes is of the run before, which nobody asks for any more
+                for message in self._pipe.read():  # what else comes is still of the run before
                     if message["event"] == "rests":
                         return not message["members"] and not self._started_by_members()
         except (Closed, MemberFailed):

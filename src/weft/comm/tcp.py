@@ -438,20 +438,20 @@ class TcpEndpoint(Endpoint):
                     with suppress(BlockingIOError):
                         if not connection.sock.recv_into(waste):
                             raise ConnectionResetError
-                    undelivered = unread(connection.sock)
+                    waiting = undelivered(connection.sock)
                 except OSError:
                     connections.discard(connection)
                     continue
-                if not connection.out and not undelivered:
+                if not connection.out and not waiting:
                     connections.discard(connection)
-                left += undelivered + sum(len(view) for queued in connection.out for view in queued.views)
+                left += waiting + sum(len(view) for queued in connection.out for view in queued.views)
             if connections:
                 if left != before:
                     quiet_since = time.monotonic()
                 time.sleep(LOOK_S)
 
 
-def unread(sock: socket.socket) -> int:
+def undelivered(sock: socket.socket) -> int:
     """Bytes that the kernel keeps until the peer's has them; 0 where it does not tell."""
     try:
         return int(struct.unpack("i", ioctl(sock, termios.TIOCOUTQ, b"\0" * 4))[0])

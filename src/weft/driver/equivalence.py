@@ -246,7 +246,7 @@ def cause(found: Equivalence, facts: Facts, loop: Loop) -> str:
     worst = found.worst
     if not math.isfinite(worst.difference):
         return "A gradient is no number: lower the learning rate, or look at the loss."
-    running = [b.name for b in facts.buffers if b.running]
+    running = [b.name for b in facts.running]
     rounding = " Under autocast=bf16 rounding alone makes some thousandths." if loop.autocast else ""
     if found.agrees_by_shares and running:
         piece = "micro-batch" if facts.pipeline else "worker's share"

@@ -218,10 +218,10 @@ class AllReduce(Pattern):
         if workers == 1:
             return None
         gradients = facts.gradient_bytes
-        running = sum(b.nbytes for b in facts.buffers if b.running)
+        running = facts.running_bytes
         tail = 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
         what = ", ".join(f"gradients ({dtype})" for dtype in gradients) + (", running buffers" if running else "")
-        integers = sum(b.nbytes for b in facts.buffers if b.running and not b.dtype.startswith(("float", "bfloat")))
+        integers = sum(b.nbytes for b in facts.running if not b.dtype.startswith(("float", "bfloat")))
         if self.compress == NONE:
             nbytes = sum(bytes_for(n, workers) for n in early)
             nbytes += bytes_for(sum(gradients.values()) - sum(early) + running - integers + tail, workers)
@@ -238,7 +238,7 @@ class AllReduce(Pattern):
     def shared_link(self, facts: Facts, workers: int, bytes_for: Callable[[int, int], int], carrier: str) -> LinkPlan:
         """Of a shared step: a worker reads the others' gradients of its part, and writes that part of the parameters."""
         (dtype, gradients), *_ = facts.gradient_bytes.items()
-        running = [b for b in facts.buffers if b.running]
+        running = facts.running
         integers = sum(b.nbytes for b in running if not b.dtype.startswith(("float", "bfloat")))
         beside = (
             sum(b.nbytes for b in running) - integers + 8 * tail_numel(workers, sum(p.trainable for p in facts.params))
@@ -282,7 +282,7 @@ class AllReduce(Pattern):
 
     def notes(self, facts: Facts, config: Config) -> list[str]:
         result = []
-        if any(b.running for b in facts.buffers):
+        if facts.running:
             result.append(
                 "running buffers (BatchNorm): each worker normalises by its own share; statistics are averaged over "
                 "workers, weighted by examples, at each step (integer ones: the largest)"

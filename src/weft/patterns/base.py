@@ -209,6 +209,15 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
 
     @property
+    def running(self) -> list[BufferFact]:
+        """Buffers that a training step writes to (BatchNorm's statistics)."""
+        return [b for b in self.buffers if b.running]
+
+    @property
+    def running_bytes(self) -> int:
+        return sum(b.nbytes for b in self.running)
+
+    @property
     def per_host(self) -> int:
         """Workers on the host that has the most; 0: nobody looked."""
         return max(map(len, self.hosts), default=0)
@@ -395,7 +404,7 @@ class Pattern(ABC):
 
     def groups(self, facts: Facts, workers: int) -> list[Group]:
         """Who is joined by a link of their own; the first is all workers."""
-        running = sum(b.nbytes for b in facts.buffers if b.running)
+        running = facts.running_bytes
         return [Group(WORLD, tuple(range(workers)), sum(facts.gradient_bytes.values()) + running)]
 
     def neighbours(self, facts: Facts, config: Config) -> dict[str, list[tuple[int, int]]]:

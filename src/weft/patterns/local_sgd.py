@@ -170,7 +170,7 @@ class LocalSGD(Pattern):
             )
 
     def groups(self, facts: Facts, workers: int) -> list[Group]:
-        running = sum(b.nbytes for b in facts.buffers if b.running)
+        running = facts.running_bytes
         trained = sum(p.nbytes for p in facts.params if p.trainable)
         gradients = sum(facts.gradient_bytes.values()) + running
         result = [Group(WORLD, tuple(range(workers)), trained + running + (gradients if self.start else 0))]
@@ -209,7 +209,7 @@ class LocalSGD(Pattern):
             result.append(msgspec.structs.replace(inside, members=who, group=ISLAND, bytes_per_step=apart))
         if workers == 1:
             return result
-        running = sum(b.nbytes for b in facts.buffers if b.running)
+        running = facts.running_bytes
         nbytes = sum(p.nbytes for p in facts.params if p.trainable) + running + 8 * own_rows_numel(workers)
         once, meetings = bytes_for(nbytes, workers), self.meetings(facts, config)
         if self.compress != NONE:
@@ -259,7 +259,7 @@ class LocalSGD(Pattern):
         if begins := self.begins(facts):
             why = " (then the learning rate is half of its highest, or less)" if self.goes_by_rate else ""
             result.append(f"together, as allreduce, until step {begins}{why}; then apart")
-        if any(b.running for b in facts.buffers):
+        if facts.running:
             result.append("running buffers (BatchNorm): averaged over workers, weighted by examples, at each meeting")
         if any(p.sparse for p in facts.params):
             result.append("sparse parameters travel whole at each meeting, as the others do")

@@ -293,7 +293,7 @@ class SplitPattern(Pattern):
             return []
         layout, chosen = self.layout(config.workers), self.chosen(facts, config.workers)
         sent = self._traffic(facts, layout, chosen, bytes_for, carrier)
-        running = any(b.running for b in facts.buffers)
+        running = facts.running
         dtypes = ", ".join(facts.gradient_bytes)
 
         def plan(axis: str, members: str, what: str) -> LinkPlan:
@@ -378,7 +378,7 @@ class SplitPattern(Pattern):
         """What the worker that sends most sends in a step, by axis, but for what stages send each other; of all workers: what they must
         agree on."""
         trained = [p for p in facts.params if p.trainable]
-        running = sum(b.nbytes for b in facts.buffers if b.running)
+        running = facts.running_bytes
         sent = {WORLD: Traffic(bytes_for(8 * tail_numel(layout.world, len(trained)) + running, layout.world), 1)}
         if layout.tensor > 1:
             assert facts.tensor is not None
@@ -555,7 +555,7 @@ class SplitPattern(Pattern):
                 result.append(
                     f"compress={self.codec} leaves whole what several workers hold alike: {summed_up(several)}"
                 )
-        if any(b.running for b in facts.buffers) and (layout.shares > 1 or layout.pipeline > 1):
+        if facts.running and (layout.shares > 1 or layout.pipeline > 1):
             piece = "micro-batch by itself" if layout.pipeline > 1 else "worker's share by itself"
             joined = (
                 "; statistics are averaged over shares, weighted by examples, at each step (integer ones: the largest)"

@@ -184,7 +184,7 @@ class SplitReplica(Replica):
         facts, place = self.ctx.facts.pipeline, self.place[PIPELINE]
         assert facts is not None
         move_away(model, facts.uses, chosen, place)
-        running = {b.name for b in self.ctx.facts.buffers if b.running}
+        running = {b.name for b in self.ctx.facts.running}
         self.pieces = facts.microbatches
         row = next(row for row in self.layout.groups(PIPELINE) if self.ctx.rank in row)
         self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups, row, running)

@@ -126,7 +126,7 @@ class Replica:
         self.model = self._make_model(dtype)
         self.params = trainable(self.model)
         self.sparse = frozenset(p.name for p in ctx.facts.params if p.sparse)
-        running = {b.name for b in ctx.facts.buffers if b.running}
+        running = {b.name for b in ctx.facts.running}
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.running_places = [place for each in places(self.model, running).values() for place in each]
         self.optimizer = self._make_optimizer()
@@ -229,7 +229,7 @@ class Replica:
             data_s += loaded - loading
             n = self.task.num_examples(batch) if len(indices) else 0.0
             with self.precision():
-                loss = self._loss(batch) if n else self._uncounted_loss(batch)
+                loss = self._loss(batch) if len(indices) else self._uncounted_loss(batch)
             check_loss(loss, self.task)
             share = n / self.joined
             if spans is not None:
