@@ -139,8 +139,8 @@ def message_all_reduce_bytes(algorithm: str, nbytes: int, world: int) -> int:
 
 def carrier_aside(carrier: str, asked: str) -> str:
     """Of messages that come while their receiver computes. Who waits in shared memory looks again and again, and takes the core and Python's lock
-    from it; for a socket the kernel does."""
-    return "tcp" if carrier == "shm" and asked == AUTO else carrier
+    from it; for a socket the kernel does. Gloo has no message that goes one way alone and tells what it is."""
+    return "tcp" if carrier in ("shm", "gloo", HIERARCHICAL) and asked == AUTO else carrier
 
 
 def all_gather_bytes(carrier: str, nbytes: int, world: int, hosts: Sequence[int] = ()) -> int:

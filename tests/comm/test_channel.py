@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.comm.test_links import connect_inproc
 
-from weft.comm.channel import Channel, packed, unpacked
+from weft.comm.channel import Channel, close_all, packed, unpacked
 from weft.comm.inproc import inproc_endpoints
 from weft.errors import CommError
 
@@ -32,12 +32,13 @@ def test_what_is_packed_comes_out(kinds: list[tuple[list[int], torch.dtype]]) ->
 @pytest.fixture
 def ends() -> Iterator[tuple[Channel, Channel]]:
     endpoints = inproc_endpoints(2)
-    first, second = (connect_inproc(rank, 2, endpoints, 2.0) for rank in range(2))
-    sender, receiver = Channel(first, sends=True, peer=7), Channel(second, sends=False, peer=4)
+    first, second = (connect_inproc(rank, 2, endpoints, 1000.0) for rank in range(2))
+    sender, receiver = Channel(first, True, peer=7, deadline_s=2.0), Channel(second, False, peer=4, deadline_s=2.0)
     yield sender, receiver
+    close_all([sender, receiver], CommError("the test has ended"))
     for channel in (sender, receiver):
+        assert not (channel._thread and channel._thread.is_alive())
         channel.link.close()
-        channel.close()
 
 
 def test_a_sender_goes_on_and_the_receiver_asks_in_any_order(ends: tuple[Channel, Channel]) -> None:
@@ -70,11 +71,32 @@ def test_a_sender_that_dies_is_seen_by_who_waits(ends: tuple[Channel, Channel]) 
 
 def test_a_wait_names_the_peer_by_its_number_in_the_run(ends: tuple[Channel, Channel]) -> None:
     sender, _ = ends
-    sender.link.deadline_s = 0.1
+    sender.deadline_s = 0.1
     sender._under_way = 1  # that no thread carries
     with pytest.raises(CommError, match="rank 7 did not come within 0.1 s to take what was sent") as raised:
         sender.flush()
     assert raised.value.ranks == (7,)
+
+
+def test_the_deadline_runs_from_when_a_message_is_needed(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    receiver.deadline_s = sender.deadline_s = 0.5
+    receiver.expect(1)
+    time.sleep(1.0)  # computing: the thread has waited longer than the deadline
+    threading.Timer(0.2, lambda: sender.send((0,), [torch.tensor(3)])).start()
+    assert receiver.take((0,))[0].item() == 3
+
+
+@pytest.mark.parametrize("waits_s", [0.0, 0.2])
+def test_who_closes_amid_a_message_says_why(ends: tuple[Channel, Channel], waits_s: float) -> None:
+    sender, receiver = ends
+    receiver.expect(1)
+    time.sleep(waits_s)  # its thread is in the link's call
+    close_all([receiver], CommError("the loss was NaN"))
+    with pytest.raises(CommError, match="the loss was NaN"):
+        for k in range(2):  # the first may have found its receiver waiting
+            sender.send((k,), [torch.tensor(k)])
+        sender.flush()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tests.comm.test_links import CARRIERS
 
 from weft.comm.link import Link
 from weft.comm.torchdist import INLINE_BYTES, TorchDistLink
+from weft.cost import SLOT_BYTES
 from weft.errors import CommError, ConfigError, DeadlineExceeded
 from weft.testing.conformance import assert_reduced, contribution
 
@@ -44,6 +45,18 @@ def test_dtypes_that_gloo_does_not_know(dtype: torch.dtype, numel: int) -> None:
 
     for outcome in CARRIERS["gloo"](2)(fn):
         outcome.get()
+
+
+@pytest.mark.multiprocess
+def test_an_uneven_gather_moves_what_there_is() -> None:
+    def fn(link: Link) -> int:
+        lengths = [0, 100_000, 30_000]
+        gathered = link.all_gather(torch.full((lengths[link.rank],), float(link.rank)))
+        assert [part.tolist() for part in gathered] == [[float(k)] * n for k, n in enumerate(lengths)]
+        return link.traffic.bytes_sent
+
+    sent = [outcome.get() for outcome in CARRIERS["gloo"](3)(fn)]
+    assert sent == [2 * SLOT_BYTES + 2 * 4 * n for n in (0, 100_000, 30_000)]
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:

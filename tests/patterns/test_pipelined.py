@@ -94,7 +94,7 @@ def test_the_schedule_is_the_best_for_the_link_that_was_measured(
     found = resolved(monkeypatch, config_of(2), facts, measuring)
     assert len(measuring.orders) == 1
     assert taken(found)[0] == SCHEDULES[speed]
-    truth = best(rank_schedules(Known(facts).costs, 2, 8, speed, stages_per_rank=(1, 2), cores=8.0 / 2))
+    truth = best(rank_schedules(Known(facts, Pipelined()).costs, 2, 8, speed, stages_per_rank=(1, 2), cores=8.0 / 2))
     assert taken(found) == (truth.schedule.name, truth.partition.stages)
     assert found.config.measured is not None
     assert found.config.measured.neighbours == {"0-1": speed}
@@ -244,7 +244,7 @@ def test_it_is_the_quickest_within_the_memory_of_a_host(per_host: int) -> None:
 
 def test_workers_that_share_a_core_have_no_bubbles_to_fill() -> None:
     facts = facts_of(microbatches=8, cores=1.0, per_host=2)
-    truth = best(rank_schedules(Known(facts).costs, 2, 8, UNMEASURED, stages_per_rank=(1, 2), cores=1.0))
+    truth = best(rank_schedules(Known(facts, Pipelined()).costs, 2, 8, UNMEASURED, stages_per_rank=(1, 2), cores=1.0))
     assert choose(facts, Pipelined(), 2).program.schedule == truth.schedule.name == "1f1b"
     assert choose(facts_of(microbatches=8), Pipelined(), 2).program.schedule == "interleaved-zb"
 
@@ -252,15 +252,15 @@ def test_workers_that_share_a_core_have_no_bubbles_to_fill() -> None:
 def test_where_nothing_fits_it_is_what_comes_nearest_and_says_so() -> None:
     chosen = choose(facts_of(microbatches=8, memory_left=MB), Pipelined(), 2)
     assert "nearest to 262 kB of memory a worker" in chosen.why
-    known = Known(facts_of(microbatches=8))
+    known = Known(facts_of(microbatches=8), Pipelined())
     ranked = rank_schedules(known.costs, 2, 8, UNMEASURED, stages_per_rank=(1, 2), cores=4.0)
     assert max(chosen.activation_bytes) + NUM_BLOCKS / 2 * 40 * MB == min(max(one.memory_bytes) for one in ranked)
 
 
 def test_between_hosts_a_slower_link_is_assumed() -> None:
     facts = facts_of(microbatches=8)
-    assert Known(facts).speed == UNMEASURED
-    assert Known(msgspec.structs.replace(facts, between_hosts=True)).speed == GIGABIT
+    assert Known(facts, Pipelined()).speed == UNMEASURED
+    assert Known(msgspec.structs.replace(facts, between_hosts=True), Pipelined()).speed == GIGABIT
 
 
 def test_a_choice_is_of_frozen_facts() -> None:
@@ -271,3 +271,20 @@ def test_a_choice_is_of_frozen_facts() -> None:
     back = msgspec.convert(msgspec.to_builtins(settled), Facts, strict=False)
     assert choose(sent, Pipelined(), 2) == choose(facts, Pipelined(), 2)
     assert choose(back, Pipelined(), 2) == choose(settled, Pipelined(), 2)
+
+
+def test_a_stage_held_by_two_workers_takes_and_holds_less_on_each() -> None:
+    facts = facts_of(microbatches=8, tensor=2, activation_bytes=1600 * MB)
+    assert facts.tensor is not None
+    whole, halved = Known(facts, Pipelined()), Known(facts, Pipelined(tensor=2))
+    computed = facts.tensor.compute_s / (facts.step_s - facts.optimizer_s)
+    kept = facts.tensor.activation_bytes / facts.activation_bytes
+    assert 0 < computed < 1
+    assert 0 < kept < 1
+    for one, other, state in zip(whole.costs, halved.costs, whole.state, strict=True):
+        assert other.seconds == pytest.approx(computed * one.seconds)
+        assert other.activation_bytes == pytest.approx(kept * one.activation_bytes)
+        assert other.output_bytes == one.output_bytes  # what passes from stage to stage is whole
+        assert other.state_bytes < state
+    held = [choose(facts, Pipelined("1f1b", tensor=degree), 2).activation_bytes for degree in (1, 2)]
+    assert held[1] == pytest.approx([kept * nbytes for nbytes in held[0]])

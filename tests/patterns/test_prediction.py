@@ -16,7 +16,7 @@ from weft.driver.prepare import make_plan
 from weft.patterns.base import Facts, Pattern, tail_numel
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
-from weft.patterns.pipelined import Known, pair_name, pairs_of
+from weft.patterns.pipelined import Known, Pipelined, pair_name, pairs_of
 from weft.patterns.sharded import Sharded
 from weft.patterns.split import SplitPattern
 from weft.patterns.tensor import Tensor
@@ -94,7 +94,9 @@ def test_copies_exchange_their_part() -> None:
 def test_of_stages_each_copy_exchanges_its_own() -> None:
     facts = facts_of(microbatches=8, speed=SPEED)
     step = predicted(Mesh(data=2, pipeline=2), 4, facts)
-    flow = best(rank_schedules(Known(facts).costs, 2, 8, UNMEASURED, stages_per_rank=(1, 2), cores=4.0)).predicted
+    flow = best(
+        rank_schedules(Known(facts, Pipelined()).costs, 2, 8, UNMEASURED, stages_per_rank=(1, 2), cores=4.0)
+    ).predicted
     assert step.seconds == pytest.approx(
         {
             "computing": max(flow.busy_s),

@@ -19,6 +19,8 @@ from weft.errors import Interrupted
 if TYPE_CHECKING:
     from weft.comm.link import Link
 
+PATIENCE_S = 1e7
+
 
 @dataclass(frozen=True)
 class StoreSpec:
@@ -47,11 +49,16 @@ class LinkSpec:
     host: str = "127.0.0.1"
     store: StoreSpec | None = None
     group: str = WORLD
-    aside: bool = False  # its messages travel while members compute
+    aside: bool = False  # its messages travel while members compute, each when it is there: its calls wait for as long as it takes
     members: tuple[int, ...] = ()  # who is rank 0, 1, ...; empty: member r is rank r
     speed: LinkSpeed | None = None  # of the slowest way between two of them, where it was measured
     collective: str = AUTO  # how messages all-reduce
     hosts: tuple[tuple[int, ...], ...] = ()  # hierarchical: its ranks by host
+
+    @property
+    def call_s(self) -> float:
+        """The deadline of its calls."""
+        return PATIENCE_S if self.aside else self.deadline_s
 
     def rank_of(self, member: int) -> int | None:
         """None if the member is not of this group."""

@@ -65,7 +65,7 @@ class Transport:
             from weft.comm.shm import Region
 
             self.region = Region.create(spec.world, spec.nbytes)
-        elif spec.carrier == "tcp":
+        elif spec.carrier == "tcp" and spec.store is None:
             from weft.comm.tcp import listen
 
             try:
@@ -78,12 +78,17 @@ class Transport:
             self.store = os.memfd_create("weft-store")  # a file without a name: gone with the last who has it
 
     def link(self, rank: int) -> Link:
+        link = self._join(rank)
+        link.deadline_s = self.spec.call_s
+        return link
+
+    def _join(self, rank: int) -> Link:
         spec = self.spec
         if spec.carrier == "shm":
             from weft.comm.shm import ShmLink
 
             return ShmLink(self.region, rank, spec.deadline_s, members=spec.members)
-        if spec.carrier == "tcp":
+        if spec.carrier == "tcp" and spec.store is None:
             from weft.comm.collectives import RingLink
             from weft.comm.tcp import TcpEndpoint
 
@@ -95,23 +100,18 @@ class Transport:
             endpoint = TcpEndpoint(members[rank], self.listeners[rank], addresses, spec.deadline_s)
             chosen: dict[str, Any] = {"collective": spec.collective, "speed": spec.speed}
             return RingLink(endpoint, rank, spec.world, "tcp", spec.deadline_s, members=members, **chosen)
-        if spec.carrier == "hierarchical":
-            from weft.comm.hierarchical import join_hosts
+        if spec.carrier in ("tcp", "hierarchical"):
+            from weft.comm.hierarchical import join_by_store, join_hosts
             from weft.comm.torchdist import connect_store
 
             assert spec.store is not None
             at = spec.store
-            return join_hosts(
-                rank,
-                spec.hosts,
-                connect_store(at.host, at.port, prefix=at.prefix, deadline_s=spec.deadline_s),
-                address=spec.host,
-                nbytes=spec.nbytes,
-                deadline_s=spec.deadline_s,
-                members=spec.members,
-                collective=spec.collective,
-                speed=spec.speed,
-            )
+            store = connect_store(at.host, at.port, prefix=at.prefix, deadline_s=spec.deadline_s)
+            told: dict[str, Any] = {"address": spec.host, "deadline_s": spec.deadline_s, "members": spec.members}
+            told |= {"collective": spec.collective, "speed": spec.speed}
+            if spec.carrier == "tcp":
+                return join_by_store(rank, range(spec.world), store, **told)
+            return join_hosts(rank, spec.hosts, store, nbytes=spec.nbytes, **told)
         if spec.carrier == "none":
             from weft.comm.link import SoloLink
 
@@ -119,10 +119,11 @@ class Transport:
         from weft.comm.torchdist import TorchDistLink, connect_store
 
         backend: Literal["gloo", "nccl"] = "nccl" if spec.carrier == "nccl" else "gloo"
-        store: Any = f"/proc/self/fd/{self.store}"
+        meet: Any = f"/proc/self/fd/{self.store}"
         if s := spec.store:
-            store = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s)
-        return TorchDistLink(rank, spec.world, backend=backend, store=store, deadline_s=spec.deadline_s, host=spec.host)
+            meet = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s)
+        limits = {"deadline_s": spec.deadline_s, "call_s": spec.call_s}
+        return TorchDistLink(rank, spec.world, backend=backend, store=meet, host=spec.host, **limits)
 
     def mark_dead(self, member: int) -> None:
         if self.region is not None and (rank := self.spec.rank_of(member)) is not None:

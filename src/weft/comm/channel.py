@@ -2,10 +2,14 @@
 
 A thread at each end carries them, one after the other, over a link of these two that nobody else uses. A message is some tensors and a tag
 (plain data), by which its receiver asks for it: what comes before it is asked for is kept. That is bounded by what was announced (``expect``).
+
+The link's own calls have no deadline to speak of, for what is announced may come at the end of a long step. Who needs a message, or wants what
+was sent to be taken, has one: ``deadline_s`` from then on, or from the last message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,7 +25,7 @@ from weft.spans import SECOND_THREAD
 
 ALIGN = 64
 MAX_QUEUED = 1024  # messages that wait to be sent
-JOIN_S = 1.0  # for a thread to end; one that waits for a peer ends with its link, or with the process
+JOIN_S = 1.0  # for threads to end: what waits is interrupted within half a second
 
 Tag = Hashable
 Message = Sequence[torch.Tensor]
@@ -30,14 +34,15 @@ Message = Sequence[torch.Tensor]
 class Channel:
     """``sends``: this member's end; ``peer``: who is at the other. Errors of the thread are raised by the next call of its owner."""
 
-    def __init__(self, link: Link, sends: bool, peer: int) -> None:
-        self.link, self.sends, self.peer = link, sends, peer
+    def __init__(self, link: Link, sends: bool, peer: int, deadline_s: float) -> None:
+        self.link, self.sends, self.peer, self.deadline_s = link, sends, peer, deadline_s
         self.waited_s = 0.0  # of the owner, in ``take`` and ``flush``
         self._queue: queue.Queue[tuple[Tag, Message] | int | None] = queue.Queue(MAX_QUEUED)
         self._arrived: dict[Tag, Message] = {}
         self._change = threading.Condition()
         self._under_way = 0  # sent or announced, and not yet done
         self._error: BaseException | None = None
+        self._why: CommError | None = None
         self._thread: threading.Thread | None = None
 
     def send(self, tag: Tag, message: Message) -> None:
@@ -57,12 +62,20 @@ class Channel:
         """Wait until all that was queued is sent."""
         self._wait(lambda: True if not self._under_way else None, "take what was sent")
 
-    def close(self) -> None:
-        """What has not been sent is dropped."""
+    def stop(self, why: CommError) -> None:
+        """What has not been sent or has not come is dropped; a peer that waits for us raises ``why``."""
+        self._error = self._error or CommError("this channel is closed")
+        self._why = why if self._under_way else None
+        self.link.interrupt(why)
+
+    def join(self, until: float) -> None:
+        """Wait, at most until then (time.monotonic), for the thread to end: before, the link is its own."""
         if self._thread is not None:
-            self._error = self._error or CommError("this channel is closed")
-            self._queue.put(None)
-            self._thread.join(JOIN_S)
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=max(0.0, until - time.monotonic()))
+            self._thread.join(max(0.0, until - time.monotonic()))
+            if self._why is not None and not self._thread.is_alive():
+                self.link.fail(self._why)
 
     def _begin(self, work: Any, number: int) -> None:
         self._check()
@@ -72,9 +85,9 @@ class Channel:
             self._thread = threading.Thread(target=self._carry, name=SECOND_THREAD, daemon=True)
             self._thread.start()
         try:
-            self._queue.put(work, timeout=self.link.deadline_s)
+            self._queue.put(work, timeout=self.deadline_s)
         except queue.Full:
-            raise late_error([self.peer], self.link.deadline_s, "take what was sent") from None
+            raise late_error([self.peer], self.deadline_s, "take what was sent") from None
 
     def _wait(self, ready: Any, what: str) -> Any:
         begin = since = time.monotonic()  # since: when the last message was done
@@ -84,9 +97,9 @@ class Channel:
                 self._check()
                 if self._under_way != under_way:
                     under_way, since = self._under_way, time.monotonic()
-                left = self.link.deadline_s - (time.monotonic() - since)
+                left = self.deadline_s - (time.monotonic() - since)
                 if left <= 0:
-                    raise late_error([self.peer], self.link.deadline_s, what)
+                    raise late_error([self.peer], self.deadline_s, what)
                 self._change.wait(left)
         self._check()
         self.waited_s += time.monotonic() - begin
@@ -119,6 +132,15 @@ class Channel:
         own = torch.empty(0, dtype=torch.uint8) if isinstance(work, int) else packed(*work)
         parts = self.link.all_gather(own)
         return None if self.sends else unpacked(parts[1 - self.link.rank])
+
+
+def close_all(channels: Sequence[Channel], why: CommError) -> None:
+    """``why``: what peers that still wait are told. At most JOIN_S."""
+    for channel in channels:
+        channel.stop(why)
+    until = time.monotonic() + JOIN_S
+    for channel in channels:
+        channel.join(until)
 
 
 def packed(tag: Tag, message: Message) -> torch.Tensor:

@@ -230,6 +230,9 @@ class RingLink(Link):
     def pace(self, bytes_per_s: float) -> None:
         self._endpoint.pace(bytes_per_s)
 
+    def interrupt(self, error: CommError) -> None:
+        self._endpoint.interrupt(error)
+
     def fail(self, error: CommError) -> None:
         self._error = self._error or error
         self._endpoint.close(error)

@@ -150,6 +150,7 @@ class Endpoint(ABC):
         self._signed = 0.0  # when we last gave those that we wait with a sign of life
         self._look_again = 0.0
         self._place_any: Place | None = None
+        self._interruption: CommError | None = None
         #: Hears of a frame that has come and that nobody takes; it may raise.
         self.on_unclaimed: Callable[[int, Head], None] | None = None
 
@@ -274,6 +275,8 @@ class Endpoint(ABC):
         try:
             while pending := [h for h in handles if not h.done]:
                 self._raise_if_lost({h.peer for h in pending}, watch, doing)
+                if self._interruption is not None:
+                    raise self._interruption
                 now = time.monotonic()
                 if now >= until:
                     raise self._late({h.peer for h in pending}, watch, until, doing)
@@ -286,6 +289,10 @@ class Endpoint(ABC):
                 for receiving in set(posted).intersection(handles):
                     posted.remove(receiving)
             raise
+
+    def interrupt(self, error: CommError) -> None:
+        """From another thread: the ``wait`` under way, and any later one, raises it, within half a second."""
+        self._interruption = error
 
     @property
     def _sign_every_s(self) -> float:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
+    from weft.comm.collectives import RingLink
+
 
 class HierarchicalLink(Link):
     """``hosts``: the ranks of each host; its first leads. ``inner`` joins ``rank``'s host, in that order; ``outer`` the
@@ -124,6 +126,10 @@ class HierarchicalLink(Link):
             )
         self._outer.pace(bytes_per_s)
 
+    def interrupt(self, error: CommError) -> None:
+        for part in self._parts:
+            part.interrupt(error)
+
     def fail(self, error: CommError) -> None:
         self._error = self._error or error
         for part in self._parts:
@@ -190,7 +196,9 @@ def join_hosts(
     inner = _meet_in_memory(rank, here, store, nbytes, deadline_s, names) if len(here) > 1 else SoloLink()
     outer = None
     if rank == here[0] and len(hosts) > 1:
-        outer = _meet_leaders(rank, [ranks[0] for ranks in hosts], store, address, deadline_s, names, collective, speed)
+        leaders = [ranks[0] for ranks in hosts]
+        chosen: dict[str, Any] = {"members": names, "collective": collective, "speed": speed}
+        outer = join_by_store(rank, leaders, store, address=address, deadline_s=deadline_s, **chosen)
     return HierarchicalLink(inner, outer, hosts, rank, deadline_s)
 
 
@@ -217,32 +225,35 @@ def _meet_in_memory(
     return link
 
 
-def _meet_leaders(
+def join_by_store(
     rank: int,
-    leaders: Sequence[int],
+    ranks: Sequence[int],
     store: Store,
+    *,
     address: str,
     deadline_s: float,
-    names: Sequence[int],
-    collective: str,
-    speed: LinkSpeed | None,
-) -> Link:
+    members: Sequence[int] = (),
+    collective: str = AUTO,
+    speed: LinkSpeed | None = None,
+) -> RingLink:
+    """A link over TCP between ``ranks``, one of which is ``rank``; the rest as in ``join_hosts``."""
     from weft.comm.collectives import RingLink
     from weft.comm.tcp import TcpEndpoint, listen
 
+    names = members or range(max(ranks) + 1)
     listener = listen(address, insecure=True)  # the session has asked whether that may be
     store.set(f"leader/{rank}", f"{address} {listener.getsockname()[1]}")
     addresses: dict[int, Any] = {}
     try:
-        for leader in leaders:
-            host, port = _said_by(leader, f"leader/{leader}", store, deadline_s, names).split()
-            addresses[names[leader]] = (host, int(port))
+        for other in ranks:
+            host, port = _said_by(other, f"leader/{other}", store, deadline_s, names).split()
+            addresses[names[other]] = (host, int(port))
     except BaseException:
         listener.close()
         raise
     endpoint = TcpEndpoint(names[rank], listener, addresses, deadline_s)
     chosen: dict[str, Any] = {"members": list(addresses), "collective": collective, "speed": speed}
-    return RingLink(endpoint, leaders.index(rank), len(leaders), "tcp", deadline_s, **chosen)
+    return RingLink(endpoint, ranks.index(rank), len(ranks), "tcp", deadline_s, **chosen)
 
 
 def _said_by(rank: int, key: str, store: Store, deadline_s: float, names: Sequence[int]) -> str:

@@ -134,6 +134,9 @@ class Link(ABC):
         """Send no more than this to each peer from now on, to see how a slower network would do."""
         raise Incompatible(f"link {self.carrier!r} has no sockets whose pace could be set: use --link tcp.")
 
+    def interrupt(self, error: CommError) -> None:
+        """From another thread than the link's: the call under way, if it waits, raises this within half a second, and the link is closed by it."""
+
     def fail(self, error: CommError) -> None:
         """Tell the others that we leave, and why, so that they raise it, too; the link is of no more use."""
         self.close()

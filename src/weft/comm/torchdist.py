@@ -46,7 +46,7 @@ class TorchDistLink(Link):
     """Rank ``rank`` of ``world``. ``store`` is a torch store that all ranks reach, or the path of a file on this host.
 
     ``host`` is the address that Gloo binds to (None: the one of this machine's name, or GLOO_SOCKET_IFNAME). The
-    deadline holds for each of the two exchanges of a call. After an error the link is closed, and every later call
+    deadline (of calls ``call_s``, if it is given) holds for each of the two exchanges of a call. After an error the link is closed, and every later call
     raises the same. On other hosts than ours a dead rank is named if it said why, or if all others are heard within
     a second; else ``ranks`` of the error is empty.
     """
@@ -60,6 +60,7 @@ class TorchDistLink(Link):
         store: Store | str | Path,
         deadline_s: float = DEADLINE_S,
         host: str | None = "127.0.0.1",
+        call_s: float | None = None,
     ) -> None:
         dist = _torch_distributed()
         if backend not in ("gloo", "nccl"):
@@ -69,17 +70,18 @@ class TorchDistLink(Link):
         self.rank, self.world, self.carrier, self.deadline_s = rank, world, backend, deadline_s
         self.traffic = Traffic()
         self._error: CommError | None = None
+        self._interruption: CommError | None = None
         self._closed = False
         self._seq = 0
         self._doing = Meta()
         shared = store if isinstance(store, dist.Store) else dist.FileStore(str(store), world)
         self._store = dist.PrefixStore("weft", shared)
         self._store.set_timeout(timedelta(seconds=deadline_s))
-        self._gloo, self._nccl = self._connect(backend, host)
+        self._gloo, self._nccl = self._connect(backend, host, timedelta(seconds=call_s or deadline_s))
+        self.deadline_s = call_s or deadline_s
 
-    def _connect(self, backend: str, host: str | None) -> tuple[Any, Any]:
+    def _connect(self, backend: str, host: str | None, timeout: timedelta) -> tuple[Any, Any]:
         dist = _torch_distributed()
-        timeout = timedelta(seconds=self.deadline_s)
         self._store.set(f"process/{self.rank}", f"{_host_id()} {os.getpid()}")
         try:
             if host is None:
@@ -149,11 +151,13 @@ class TorchDistLink(Link):
         mine = tensor.detach().contiguous().view(-1).view(torch.uint8)
         with self._call("all_gather", [tensor], ragged=True) as call:
             slots = self._meet(call, mine if mine.numel() <= INLINE_BYTES else mine[:0], num_rows)
-            most = max(slot.num_rows for slot in slots) * row_bytes
-            if most <= INLINE_BYTES:
+            lengths = [slot.num_rows * row_bytes for slot in slots]
+            if max(lengths) <= INLINE_BYTES:
                 padded = [slot.data for slot in slots]
+            elif len(set(lengths)) == 1:
+                padded = self._gather_bytes(mine, lengths[0])
             else:
-                padded = self._gather_bytes(mine, most)
+                padded = self._gather_uneven(mine, lengths)
         parts = [data[: slot.num_rows * row_bytes].clone() for slot, data in zip(slots, padded, strict=True)]
         shapes = [(slot.num_rows, *row_shape) if tensor.dim() else () for slot in slots]
         return [
@@ -161,15 +165,29 @@ class TorchDistLink(Link):
         ]
 
     def _gather_bytes(self, mine: torch.Tensor, num_bytes: int) -> list[torch.Tensor]:
-        """Every rank's bytes, padded to ``num_bytes``."""
+        """Every rank's bytes, of which each has ``num_bytes``."""
         import torch
 
-        padded = mine.new_empty(num_bytes)
-        padded[: mine.numel()] = mine
         gathered = mine.new_empty(self.world * num_bytes)
         self._count((self.world - 1) * num_bytes)
-        self._wait([self._group_of(mine)._allgather_base(gathered, padded)])
+        self._wait([self._group_of(mine)._allgather_base(gathered, mine)])
         return list(torch.split(gathered, num_bytes))
+
+    def _gather_uneven(self, mine: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """The same where each has as many as ``lengths`` says. torch's gather would pad all to the longest, and who sends nothing would send as much as
+        it gets: so each sends what it has to all."""
+        dist = _torch_distributed()
+        parts, works = [], []
+        for root, length in enumerate(lengths):
+            part = mine if root == self.rank else mine.new_empty(length)
+            parts.append(part)
+            if length:
+                options = dist.BroadcastOptions()
+                options.rootRank, options.rootTensor = root, 0
+                works.append(self._group_of(part).broadcast([part], options))
+        self._count((self.world - 1) * mine.numel())
+        self._wait(works)
+        return parts
 
     def broadcast(self, buffers: Sequence[torch.Tensor], root: int = 0) -> None:
         import torch
@@ -244,7 +262,7 @@ class TorchDistLink(Link):
                 works.clear()
                 _ABANDONED.append(self._gloo)
                 raise lost
-            lost = self._told_or_seen_dead()
+            lost = self._interruption or self._told_or_seen_dead()
 
     def _told_or_seen_dead(self) -> CommError | None:
         doing = f"{self._doing}, call {self._seq} of rank {self.rank}"
@@ -368,6 +386,9 @@ class TorchDistLink(Link):
             return self._store.get(key) if self._store.check([key]) else None
         except RuntimeError:
             return None
+
+    def interrupt(self, error: CommError) -> None:
+        self._interruption = error
 
     def close(self) -> None:
         if self._closed:

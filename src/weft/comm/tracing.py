@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weft.comm.link import Link, Op
+from weft.errors import CommError
 from weft.spans import Clock, Spans, clock, clock_offset
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class TracedLink(Link):
 
     def all_reduce_bytes(self, nbytes: int) -> int:
         return self._link.all_reduce_bytes(nbytes)
+
+    def interrupt(self, error: CommError) -> None:
+        self._link.interrupt(error)
 
     def close(self) -> None:
         self._link.close()

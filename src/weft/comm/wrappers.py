@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from weft.comm.link import Link, Op
-from weft.errors import ConfigError, PeerLost
+from weft.errors import CommError, ConfigError, PeerLost
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +177,9 @@ class FaultyLink(Link):
 
     def all_reduce_bytes(self, nbytes: int) -> int:
         return self._link.all_reduce_bytes(nbytes)
+
+    def interrupt(self, error: CommError) -> None:
+        self._link.interrupt(error)
 
     def close(self) -> None:
         self._link.close()

@@ -54,7 +54,7 @@ class Mesh(SplitPattern):
         check_codec(self.compress, "data", self.data)
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
-        elif self.pipelined != Pipelined():
+        elif self.pipelined._replace(tensor=1) != Pipelined():
             raise Incompatible(
                 "schedule, microbatches, stages_per_worker and chunks are of a pipeline: add -o pipeline=2, or leave them out."
             )
@@ -70,7 +70,7 @@ class Mesh(SplitPattern):
 
     @property
     def pipelined(self) -> Pipelined:
-        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker, self.chunks)
+        return Pipelined(self.schedule, self.microbatches, self.stages_per_worker, self.chunks, self.tensor)
 
     def layout(self, workers: int) -> Layout:
         layout = Layout(self.data, self.pipeline, self.sharded, self.tensor)

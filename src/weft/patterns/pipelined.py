@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.errors import ConfigError
 from weft.patterns.base import Facts, ItemFact, PipelineFacts
-from weft.patterns.prediction import assumed, slowest_in_words
+from weft.patterns.prediction import activation_bytes, assumed, compute_s, slowest_in_words
 from weft.payoff import format_size
 from weft.pipelines.bound import sequential_s
 from weft.pipelines.channels import Channel, channel_order
@@ -46,6 +46,7 @@ class Pipelined(NamedTuple):
     microbatches: int = 0
     per_worker: int = 0
     chunks: int = 1
+    tensor: int = 1  # workers that hold each tensor of a stage together
 
 
 class Chosen(NamedTuple):
@@ -126,13 +127,14 @@ def num_microbatches(asked: Pipelined, workers: int, share: int, least: int = 1)
 def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
     """``workers``: of a pipeline. What is settled stays; else it is chosen. ConfigError where nothing is possible."""
     assert facts.pipeline is not None
+    known = Known(facts, asked)
     if (kept := facts.pipeline.settled) is not None:
         schedule = find(kept.schedule)
         lists = program(schedule, workers, facts.pipeline.microbatches, kept.stages_per_worker, asked.chunks)
         ends = itertools.accumulate(kept.items, initial=0)
         stages = tuple(itertools.starmap(range, itertools.pairwise(ends)))
-        return Chosen(lists, stages, in_words(schedule, kept.stages_per_worker), _held(facts, lists, stages), kept.why)
-    known = Known(facts)
+        held = peak_activations(lists, known.costs_of(stages))
+        return Chosen(lists, stages, in_words(schedule, kept.stages_per_worker), held, kept.why)
     ranked = _rank(known, asked, workers)
     one = _best(ranked)
     lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank, asked.chunks)
@@ -141,13 +143,9 @@ def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
         lists,
         stages,
         one.words,
-        _held(facts, lists, stages),
+        peak_activations(lists, known.costs_of(stages)),
         "; ".join([_why(ranked), slowest_in_words(known.measured.values(), known.speed)]),
     )
-
-
-def _held(facts: Facts, lists: Program, stages: Sequence[range]) -> tuple[float, ...]:
-    return peak_activations(lists, Known(facts).costs_of(stages))
 
 
 def _best(ranked: Sequence[Ranked]) -> Ranked:
@@ -165,9 +163,10 @@ def _why(ranked: Sequence[Ranked]) -> str:
 def goes_by_link(facts: Facts, asked: Pipelined, workers: int, far: bool) -> bool:
     """Whether what is chosen for the assumed link would cost more than WORTH somewhere in the range of what the link may be. ``far``: it may be
     anything, not only what links within a host are."""
-    assumed = _best(_rank(Known(facts, Known(facts).speed), asked, workers))
+    known = Known(facts, asked)
+    assumed = _best(_rank(Known(facts, asked, known.speed), asked, workers))
     for speed in ANYWHERE if far else IN_HOST:
-        ranked = _rank(Known(facts, speed), asked, workers)
+        ranked = _rank(Known(facts, asked, speed), asked, workers)
         same = (assumed.schedule, assumed.stages_per_rank)
         as_assumed = next(one for one in ranked if (one.schedule, one.stages_per_rank) == same)
         if as_assumed.step_s > (1 + WORTH) * _best(ranked).step_s:
@@ -185,9 +184,11 @@ def pair_name(a: int, b: int) -> str:
 
 
 class Known:
-    """Facts, as a key of a cache: by what the choice depends on. ``speed``: of all links, in place of what is known of them."""
+    """Facts, as a key of a cache: by what the choice depends on. ``speed``: of all links, in place of what is known of them.
 
-    def __init__(self, facts: Facts, speed: LinkSpeed | None = None) -> None:
+    Items were measured whole. Where each tensor is held by several workers, all are taken to shrink alike, as the whole step does."""
+
+    def __init__(self, facts: Facts, asked: Pipelined, speed: LinkSpeed | None = None) -> None:
         assert facts.pipeline is not None
         self.pipeline: PipelineFacts = facts.pipeline
         self.measured = {} if speed else facts.pipeline.speeds
@@ -196,15 +197,21 @@ class Known:
         self.memory_bytes = facts.memory_left / max(1, facts.per_host) if facts.memory_left else math.inf
         ratio = 1 + 1 + facts.optimizer_bytes / max(1, sum(p.nbytes for p in facts.params if p.trainable))
         self.state = [0.0] * len(self.pipeline.items)
+        cut = facts.tensor.parameters if facts.tensor and asked.tensor > 1 else ()
         for p in facts.params:
+            held = p.nbytes / (asked.tensor if p.name in cut else 1)
             for k in self.pipeline.uses[p.name]:
-                self.state[k] += p.nbytes * (ratio if p.trainable else 1)
+                self.state[k] += held * (ratio if p.trainable else 1)
+        #: Of what was measured whole, what one worker has of it.
+        self.computed = _part(compute_s(facts, asked.tensor), compute_s(facts, 1))
+        self.kept = _part(activation_bytes(facts, asked.tensor), facts.activation_bytes)
         self._key = (
             tuple(map(str, self.pipeline.items)),
             self.pipeline.microbatches,
             tuple(map(tuple, self.pipeline.shares)),
             self.pipeline.unsplit,
             tuple(self.state),
+            (self.computed, self.kept),
             self.speed,
             tuple(sorted(self.measured.items())),
             (self.cores, self.per_host, self.memory_bytes),
@@ -212,7 +219,17 @@ class Known:
 
     @property
     def costs(self) -> list[Cost]:
-        return [cost_of(item, state) for item, state in zip(self.pipeline.items, self.state, strict=True)]
+        whole = [cost_of(item, state) for item, state in zip(self.pipeline.items, self.state, strict=True)]
+        return [
+            dataclasses.replace(
+                cost,
+                forward_s=self.computed * cost.forward_s,
+                input_gradient_s=self.computed * cost.input_gradient_s,
+                weight_gradient_s=self.computed * cost.weight_gradient_s,
+                activation_bytes=self.kept * cost.activation_bytes,
+            )
+            for cost in whole
+        ]
 
     def costs_of(self, stages: Sequence[range]) -> list[list[Cost]]:
         """By time chunk, by stage."""
@@ -235,6 +252,10 @@ class Known:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Known) and self._key == other._key
+
+
+def _part(of_one: float, whole: float) -> float:
+    return of_one / whole if whole else 1.0
 
 
 @functools.lru_cache(maxsize=16)
@@ -261,19 +282,7 @@ def _rank(known: Known, asked: Pipelined, workers: int) -> list[Ranked]:
     )
 
 
-def predicted(facts: Facts, chosen: Chosen, slower: float = 1.0) -> Simulation:
-    """``slower``: times that computing takes as long as was measured for the whole of each item."""
-    known, workers = Known(facts), chosen.program.ranks
-    costs = [
-        [
-            dataclasses.replace(
-                cost,
-                forward_s=slower * cost.forward_s,
-                input_gradient_s=slower * cost.input_gradient_s,
-                weight_gradient_s=slower * cost.weight_gradient_s,
-            )
-            for cost in stages
-        ]
-        for stages in known.costs_of(chosen.stages)
-    ]
+def predicted(facts: Facts, asked: Pipelined, chosen: Chosen) -> Simulation:
+    known, workers = Known(facts, asked), chosen.program.ranks
+    costs = known.costs_of(chosen.stages)
     return simulate(chosen.program, costs, known.links(workers), cores=known.cores_of(workers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weft.comm.channel import Channel
+from weft.comm.channel import Channel, close_all
 from weft.comm.link import Link
+from weft.errors import CommError, PeerLost
 from weft.patterns.base import PipelineFacts
 from weft.patterns.batches import check_loss
 from weft.patterns.buffers import aside, places
@@ -58,6 +60,7 @@ class PipelineWork:
         groups: Mapping[str, Link],
         row: Sequence[int],
         running: Collection[str],
+        deadline_s: float,
     ) -> None:
         self.task, self.model, self.place, self.made_of = task, model, place, facts.made_of
         self.through_time, self.num_items = facts.through_time, len(facts.items)
@@ -68,15 +71,25 @@ class PipelineWork:
         self.cuts = Cuts(task, model, [item.name for item in facts.items[:-1]])
         self.cuts.running = [(at, max(facts.uses[n])) for n, each in places(model, running).items() for at in each]
         orders = channel_order(self.program)
-        self.out = {to: Channel(groups[channel_name(place, to)], True, row[to]) for at, to in orders if at == place}
-        self.into = {at: Channel(groups[channel_name(at, place)], False, row[at]) for at, to in orders if to == place}
+        self.rank = row[place]
+        self.out: dict[int, Channel] = {}  # by the place at the other end
+        self.into: dict[int, Channel] = {}
+        for at, to in orders:
+            if at == place:
+                self.out[to] = Channel(groups[channel_name(at, to)], True, row[to], deadline_s)
+            elif to == place:
+                self.into[at] = Channel(groups[channel_name(at, to)], False, row[at], deadline_s)
         self.coming = {at: len(orders[at, place]) for at in self.into}
         self.own_stages = [k for k, worker in enumerate(self.program.placement) if worker == place]
         self.last = len(self.stages) - 1
 
     @property
     def waited_s(self) -> float:
-        return sum(channel.waited_s for channel in (*self.out.values(), *self.into.values()))
+        return sum(channel.waited_s for channel in self.channels)
+
+    @property
+    def channels(self) -> list[Channel]:
+        return [*self.out.values(), *self.into.values()]
 
     def step(
         self,
@@ -126,8 +139,9 @@ class PipelineWork:
         return result
 
     def close(self) -> None:
-        for channel in (*self.out.values(), *self.into.values()):
-            channel.close()
+        error = sys.exc_info()[1]  # if that is why: the others shall know whom it blames
+        left = PeerLost(f"rank {self.rank} ended within a step", (self.rank,))
+        close_all(self.channels, error if isinstance(error, CommError) else left)
 
 
 class Step:

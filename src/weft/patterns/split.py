@@ -412,8 +412,7 @@ class SplitPattern(Pattern):
         def seconds(facts: Facts, pattern: SplitPattern, layout: Layout) -> dict[str, float]:
             chosen = choose(facts, pattern.pipelined, layout.pipeline) if layout.pipeline > 1 else None
             sent = pattern._traffic(facts, layout, chosen, bytes_for, carrier) if layout.world > 1 else {}
-            slower = compute_s(facts, layout.tensor) / compute_s(facts, 1)
-            flow = predicted(facts, chosen, slower) if chosen is not None else None
+            flow = predicted(facts, pattern.pipelined, chosen) if chosen is not None else None
             return step_parts(facts, layout, sent, flow, pattern._stepped(facts, layout, chosen))
 
         def other(pattern: SplitPattern, workers: int, who: str, use: str) -> Other:

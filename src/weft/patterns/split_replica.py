@@ -187,7 +187,9 @@ class SplitReplica(Replica):
         running = {b.name for b in self.ctx.facts.running}
         self.pieces = facts.microbatches
         row = next(row for row in self.layout.groups(PIPELINE) if self.ctx.rank in row)
-        self.work = PipelineWork(self.task, model, chosen, place, facts, self.ctx.groups, row, running)
+        self.work = PipelineWork(
+            self.task, model, chosen, place, facts, self.ctx.groups, row, running, self.ctx.config.deadline_s
+        )
         self.at_end.callback(self.work.close)
         self.carried_aside = [name for name in self.ctx.groups if name.startswith(CHANNEL)]
 

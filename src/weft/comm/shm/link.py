@@ -88,6 +88,7 @@ class ShmLink(Link):
         self._now = Plan("no call")  # the call under way
         self._said: list[Plan | None] = [None, None]  # whose texts stand in the control page
         self._error: CommError | None = None
+        self._interruption: CommError | None = None
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """A zeroed flat buffer in the heap; once it does not fit (on all ranks alike), an ordinary tensor."""
@@ -169,6 +170,9 @@ class ShmLink(Link):
         """
         first, last = nbytes * self.rank // self.world, nbytes * (self.rank + 1) // self.world
         return 2 * (self.world - 1) * (last - first)
+
+    def interrupt(self, error: CommError) -> None:
+        self._interruption = error
 
     def fail(self, error: CommError) -> None:
         if self._error is None:
@@ -449,6 +453,8 @@ class ShmLink(Link):
         while words[counter] < target:
             if words[BROKEN]:
                 self._heed_who_gave_up()
+            if self._interruption is not None:
+                raise self._interruption
             now = perf_counter()
             self._look_for_missing(target, long=now > nap_from, late=now > self._deadline)
             if now < nap_from:
