@@ -213,6 +213,44 @@ class Planned(Of):
 
 T2, P2 = weft.Tensor(), Pipeline()
 
+
+class WithScale(Row):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.scale * x)
+
+
+class Penalised(Of):
+    def __init__(self, net: Callable[[], nn.Module], first: bool = False) -> None:
+        super().__init__(net)
+        self.first = first
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        def penalty() -> Any:
+            return 1e-2 * sum(p.pow(2).sum() for p in model.parameters())
+
+        return penalty() + super().loss(model, batch) if self.first else super().loss(model, batch) + penalty()
+
+
+class Stepped(Of):
+    def __init__(self, net: Callable[[], nn.Module], kind: Callable[[Any], torch.optim.Optimizer]) -> None:
+        super().__init__(net)
+        self.kind_of_step = kind
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return self.kind_of_step(params)
+
+
+class KeepsList(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].setdefault("seen", []).append(p.grad)
+        return super().step(closure)
+
+
 BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     # degrees
     "degree": (Of(Row), weft.Tensor(degree=3), 2, ConfigError, "degree=3 needs as many workers, and there are 2: use --workers 3"),
@@ -220,8 +258,8 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "stages": (Of(Row), Pipeline(stages=3), 2, ConfigError, "stages=3 takes as many workers, and there are 2: use --workers 3"),
     "replicas": (Of(Row), Sharded(replicas=3), 4, ConfigError, "replicas=3 does not divide 4 workers: give one of 1, 2, 4"),
     "mesh": (Of(Row), Mesh(data=3, pipeline=2), 4, ConfigError, "4 workers cannot hold data=3 x pipeline=2, which takes 6: use --workers 6"),
-    "blocks": (Of(MaskedNet), P2, 8, ConfigError, "5 blocks cannot fill 8 stages: at most 5 ranks, or let the task give more, smaller blocks"),
-    "blocks of zbv": (Of(lambda: Row(num=2)), Pipeline(schedule="zbv"), 2, ConfigError, "3 blocks cannot fill 4 stages .* at most 1 ranks"),
+    "blocks": (Of(MaskedNet), P2, 8, ConfigError, "5 parts .* cannot fill 8 stages: at most 5 ranks, or let the task give more, smaller blocks"),
+    "blocks of zbv": (Of(lambda: Row(num=2)), Pipeline(schedule="zbv"), 2, ConfigError, "3 parts .* cannot fill 4 stages .* at most 1 ranks"),
     "micro-batches": (Of(Row), Pipeline(microbatches=25), 2, ConfigError, "microbatches=25 is more than the 24 examples of a share: use at most 24"),
     "micro-batches of a share": (Of(Row), Mesh(data=2, pipeline=2, microbatches=13), 4, ConfigError, "more than the 12 examples of a share"),
     "pieces": (Of(Row), Sharded(accumulate=13), 2, ConfigError, "accumulate=13 cannot cut a worker's share of 12 examples"),
@@ -245,6 +283,14 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "something shared": (Of(FadesShared), P2, 2, TaskError, "after block 'blocks.0', .* changes in place what it made before that block ended"),
     "the batch": (Of(ScalesBatch), P2, 2, TaskError, r"changes its batch in place \(clamp_\)"),
     "a buffer": (Of(KeepsMean), P2, 2, TaskError, "writes to buffer 'seen' .* after the end of block 'blocks.1'.*Give each block a buffer of its own"),
+    # what cannot be in parts
+    "a single number": (Of(WithScale), Sharded(), 2, Incompatible, r"parameter 'scale' of Of's model is a single number .*give it one"),
+    "a penalty": (Penalised(Row), Sharded(), 2, TaskError, "uses parameter 'blocks.0.linear.weight' outside the forward of block 'blocks.0' .pow.*weight_decay"),
+    "a penalty of the rest": (Penalised(lambda: nn.Linear(6, 1), first=True), Sharded(), 2, TaskError, "outside the model's forward"),
+    "a penalty, in tensors": (Penalised(lambda: Mlp(16)), T2, 2, Incompatible, "the loss must not use parameters by themselves"),
+    "an optimizer": (Stepped(Row, torch.optim.Adafactor), Sharded(), 2, Incompatible, "Adafactor looks at each parameter as a whole.*an optimizer that treats"),
+    "an optimizer, in tensors": (Stepped(lambda: Mlp(16), torch.optim.Adafactor), T2, 2, Incompatible, "Adafactor looks at each parameter as a whole"),
+    "an optimizer's notes": (Stepped(Row, KeepsList), P2, 2, Incompatible, "KeepsList keeps a list as 'seen' for each parameter.*under a key of its own"),
     # results
     "dictionary": (Of(lambda: Returns(lambda x, _: {"x": x}, lambda d: d["x"])), P2, 2, Incompatible, "block 'blocks.0' of Of's model returns a dict: .* Return that"),
     "named tuple": (Of(lambda: Returns(lambda x, _: Pair(x, x), lambda d: d.a)), P2, 2, Incompatible, r"returns a Pair of 2 \(Tensor, Tensor\): .*plain tuple"),

@@ -20,7 +20,7 @@ from weft.clusters.base import Asked
 from weft.comm.last_call import Board, LastCall, recorder
 from weft.driver.hang import Hang, frames_in
 from weft.errors import MemberFailed
-from weft.resilience.policy import Failure
+from weft.resilience.policy import Failure, culprit
 from weft.tasks.digits import DigitsMLP
 from weft.testing import skip
 
@@ -222,3 +222,30 @@ def test_the_newest_call_is_read_by_another_process() -> None:
     assert (call.step, call.group, call.number, call.what, call.ended) == (12, "world", 4, "the next", 0.0)
     assert 0 < call.began <= time.monotonic()
     assert board.read(4) is None
+
+
+LATE = "DeadlineExceeded"
+
+
+@pytest.mark.parametrize(
+    ("blames", "stopped", "expected"),
+    [
+        ({0: (1,), 1: (2,)}, (), 2),  # who gave up waited for somebody else
+        ({0: (2,), 1: (2,), 2: (3,)}, (), 3),
+        ({0: (1,), 1: (0,)}, (), 0),
+        ({0: (1,), 1: (2,)}, (3,), 3),  # nobody came so far as to wait for it
+        ({0: (1,), 2: (1,)}, (), 1),
+    ],
+)
+def test_of_those_who_waited_it_is_none(
+    blames: dict[int, tuple[int, ...]], stopped: tuple[int, ...], expected: int
+) -> None:
+    failures = [Failure(m, kind=LATE, message=f"{m} waited", blames=who) for m, who in blames.items()]
+    found = culprit(failures, stopped)
+    assert found.member == expected
+    assert found.is_echo
+
+
+def test_an_error_of_its_own_comes_before_who_is_stopped() -> None:
+    failures = [Failure(0, kind=LATE, blames=(3,)), Failure(1, kind="ValueError", message="mine")]
+    assert culprit(failures, (3,)).member == 1

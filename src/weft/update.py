@@ -60,8 +60,12 @@ class Transform(ABC):
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)}")
 
 
+EPSILON = 1e-6
+
+
 class ClipNorm(Transform):
-    """Scale the update so that its global L2 norm is at most ``max_norm`` (Pascanu et al. 2013)."""
+    """Scale the update so that its global L2 norm is at most ``max_norm`` (Pascanu et al. 2013): by max_norm / (norm + EPSILON), as
+    torch.nn.utils.clip_grad_norm_ does."""
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
@@ -72,8 +76,9 @@ class ClipNorm(Transform):
 
         tensors = update.tensors()
         total = norm(tensors) if self.norm is None else self.norm
-        if tensors and total > self.max_norm:
-            torch._foreach_mul_(tensors, self.max_norm / total)
+        scale = self.max_norm / (total + EPSILON)
+        if tensors and scale < 1:
+            torch._foreach_mul_(tensors, scale)
         return update
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.laws.reference import Regression, distance, train_plainly
+from tests.laws.reference import Ragged, Regression, distance, train_plainly
 from tests.variants import rest_slow
 from torch import nn
 
@@ -18,8 +19,9 @@ from weft.errors import MemberFailed
 from weft.patterns.base import Pattern
 from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
+from weft.patterns.sharded import Sharded
 from weft.patterns.tensor import Tensor
-from weft.testing import kill
+from weft.testing import freeze, kill
 
 STEPS = 5
 EQUAL = 1e-9
@@ -81,11 +83,58 @@ def test_equals_one_process_on_the_joined_batch(tmp_path: Path, layout: str, opt
     assert distance(train(tmp_path / "run", Wide(optimizer), *LAYOUTS[layout]), truth) <= EQUAL
 
 
-# -- when something breaks
+class Counted(Ragged, Wide):
+    """Weights are numbers of the task's own, not of examples."""
+
 
 #: One schedule, for each run would choose its own, and with it another order of sums.
+ONE_COPY = {"sharded": (Sharded(), 2), "tensor": T2, "pipeline": (Pipeline(schedule="1f1b"), 2)}
+
+
+@pytest.mark.parametrize("layout", [*ONE_COPY, *rest_slow([name for name in LAYOUTS if name not in ONE_COPY], keep=0)])
+def test_the_mean_is_by_the_tasks_own_count(tmp_path: Path, layout: str) -> None:
+    truth = train_plainly(Counted(), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", Counted(), *(LAYOUTS | ONE_COPY)[layout]), truth) <= EQUAL
+
+
+class Normed(torch.optim.Optimizer):
+    """Looks at each parameter as a whole: it keeps one number of it (NovoGrad's), reads another (LARS's), and one as large as the parameter."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(params, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for lr, p in ((group["lr"], p) for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, square = self.state[p], p.grad.pow(2).sum()
+            if not state:
+                state["square"], state["moment"] = square.clone(), torch.zeros_like(p)
+            state["square"].mul_(0.9).add_(square, alpha=0.1)
+            state["moment"].mul_(0.9).add_(p.grad / (state["square"].sqrt() + 1e-8))
+            p.add_(state["moment"], alpha=-lr / (1 + p.grad.norm().item()))
+
+
+class ByNorm(Wide):
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return Normed(params)
+
+
+@pytest.mark.parametrize("layout", rest_slow([*ONE_COPY, *(name for name in LAYOUTS if name not in ONE_COPY)], keep=2))
+def test_an_optimizer_that_looks_at_whole_parameters_sees_them_whole_also_when_it_goes_on(
+    tmp_path: Path, layout: str
+) -> None:
+    pattern, workers = (LAYOUTS | ONE_COPY)[layout]
+    with pytest.raises(MemberFailed):
+        train(tmp_path / "run", ByNorm(), pattern, workers, save_every=2, faults=[kill(rank=1, step=4)])
+    weft.resume(tmp_path / "run", task=ByNorm())
+    truth = train_plainly(ByNorm(), steps=STEPS, batch=24, run_seed=3)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL
+
+
+# -- when something breaks
+
 SPLIT = LAYOUTS | {
-    "pipeline": (Pipeline(schedule="1f1b"), 2),
+    "pipeline": ONE_COPY["pipeline"],
     "data x pipeline": (Mesh(data=2, pipeline=2, schedule="1f1b"), 4),
     "tensor x pipeline": (Mesh(tensor=2, pipeline=2, schedule="1f1b"), 4),
 }
@@ -101,6 +150,16 @@ def test_a_killed_worker_is_named_and_resume_is_bit_equal(tmp_path: Path, layout
     assert weft.resume(tmp_path / "run", task=Dropped("adamw")).steps == 10
     got = final_parameters(tmp_path / "run")
     assert all(torch.equal(got[n], undisturbed[n]) for n in undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*SPLIT, "sharded", "pipeline of 3"])
+def test_a_frozen_worker_is_named_and_not_who_waits_for_it(tmp_path: Path, layout: str) -> None:
+    pattern, workers = (SPLIT | ONE_COPY | {"pipeline of 3": (Pipeline(schedule="1f1b"), 3)})[layout]
+    last = workers - 1
+    with pytest.raises(MemberFailed, match=f"worker {last} failed") as caught:
+        train(tmp_path / "run", Wide(), pattern, workers, faults=[freeze(rank=last, step=3)], deadline_s=3.0)
+    assert caught.value.member == last
 
 
 @pytest.mark.slow

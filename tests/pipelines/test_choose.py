@@ -116,9 +116,9 @@ def test_starting_an_action_costs_those_most_that_cut_most() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="3 blocks cannot fill 4 stages: at most 3 ranks"):
+    with pytest.raises(ConfigError, match="3 parts .* cannot fill 4 stages: at most 3 ranks"):
         rank_schedules(BLOCKS[:3], 4, 16)
-    with pytest.raises(ConfigError, match=r"7 blocks cannot fill 8 stages \(2 on each of 4 ranks\): at most 3 ranks"):
+    with pytest.raises(ConfigError, match=r"7 parts .* cannot fill 8 stages \(2 on each of 4 ranks\): at most 3 ranks"):
         rank_schedules(BLOCKS[:7], 4, 16, schedules=["zbv"])
     with pytest.raises(ConfigError, match="zbv takes 2 stages on each rank, and 3 is asked for"):
         rank_schedules(BLOCKS, 4, 16, schedules=["zbv"], stages_per_rank=[3])

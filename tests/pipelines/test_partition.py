@@ -174,12 +174,13 @@ def test_narrow_places_are_cut_first() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(
-        ConfigError, match=r"3 blocks cannot fill 4 stages: at most 3 ranks, or let the task give more, smaller blocks"
+        ConfigError,
+        match=r"3 parts .* cannot fill 4 stages: at most 3 ranks, or let the task give more, smaller blocks",
     ):
         partition(even(3), 4)
     with pytest.raises(
         ConfigError,
-        match=r"7 blocks cannot fill 12 stages \(3 on each of 4 ranks\): at most 2 ranks, or at most 1 on each rank, or let",
+        match=r"7 parts .* cannot fill 12 stages \(3 on each of 4 ranks\): at most 2 ranks, or at most 1 on each rank, or let",
     ):
         partition(even(7), place("looped", 4, 3))
     with pytest.raises(ConfigError, match="every block costs 0 seconds"):

@@ -110,7 +110,7 @@ class Driver:
                 failures = self.attempt(found or {}, attempt)
                 if not failures:
                     break
-                failure = culprit(failures)
+                failure = self.culprit(failures)
                 decision = decide(failure, restarts_left)
                 self.tell_failure(failure)
                 hang = self.report_hang(failure, failures)
@@ -188,11 +188,12 @@ class Driver:
                 killed = True
             if failures and not killed:
                 enough = now - first_failure_s > GRACE_S
-                if is_puzzling(culprit(failures)) and not asked:
+                missing = self.culprit(failures)
+                if is_puzzling(missing) and not asked:
                     asked = True
                     self.session.ask()
-                puzzled = asked and not enough and len(self.answers) < len(members) and is_puzzling(culprit(failures))
-                if alive and (enough or not (puzzled or culprit(failures).is_echo)):
+                puzzled = asked and not enough and len(self.answers) < len(members) and is_puzzling(missing)
+                if alive and (enough or not (puzzled or missing.is_echo)):
                     self.session.kill()
                     killed = True
         if self.interrupts.count > 1 or (killed and not failures):
@@ -200,6 +201,9 @@ class Driver:
                 f"stopped at once; what came after the newest checkpoint is lost. Go on with: weft resume {self.folder.path}"
             )
         return failures
+
+    def culprit(self, failures: Sequence[Failure]) -> Failure:
+        return culprit(failures, [m for m, answer in self.answers.items() if answer.state in ("T", "t")])
 
     # -- telling
 

@@ -105,7 +105,8 @@ class ItemFact(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     forward_s: float
     input_gradient_s: float
-    weight_gradient_s: float
+    weight_gradient_s: float  # of a whole backward, with the one above
+    split_s: float = 0.0  # what it takes more in two
     output_bytes: int
     activation_bytes: int
 
@@ -187,6 +188,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     )
 
     optimizer: str = ""  # the class of the task's
+    elementwise: bool = False  # it is known to treat each number by itself
     between_hosts: bool = False  # the workers stand on several
     hosts: list[list[int]] = []  # the workers on each; empty: nobody looked
     cores: float = 1.0  # of a host, in such as a worker's threads take

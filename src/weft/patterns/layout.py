@@ -75,6 +75,11 @@ class Layout:
 
     def check(self, workers: int) -> None:
         """ConfigError unless this many workers fill it."""
+        if workers != self.world == 1:
+            axes = ", ".join(f"-o {axis}={workers}" for axis in AXES)
+            raise ConfigError(
+                f"nothing says how {workers} workers stand: give degrees that multiply to {workers} ({axes}, or several of them)."
+            )
         if workers != self.world:
             raise ConfigError(
                 f"{workers} workers cannot hold {self}, which takes {self.world}: use --workers {self.world}, or other degrees."

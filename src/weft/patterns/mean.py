@@ -134,7 +134,7 @@ class JoinedMean(Exchange):
         if not all(present):
             self.arena.take_back(n for n, p in zip(self.position, present, strict=True) if not p)
         correction = replica.joined / sum(weights)  # 1 unless shares or the task's own counts are uneven
-        if correction != 1.0:
+        if correction != 1.0 and self.arena.sums:  # who holds the only copy of a part has none
             torch._foreach_mul_(self.arena.sums, correction)
         self.running.take(correction)
         self.given = update if self.narrow else None

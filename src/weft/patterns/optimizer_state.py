@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from weft.errors import CheckpointError
-from weft.patterns.elementwise import is_large
+from weft.patterns.elementwise import PER_PARAMETER, is_large
 
 
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -75,8 +75,22 @@ def described(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: LARGE if is_large(key, value) else plain(value) for key, value in state.items()}
 
 
+def shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """In plain data: what is kept once, and of each tensor its shape and dtype."""
+    return {
+        key: {"shape": list(value.shape), "dtype": dtype_name(value)}
+        if isinstance(value, torch.Tensor) and (value.dim() or key not in PER_PARAMETER)
+        else plain(value)
+        for key, value in state.items()
+    }
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def plain(value: Any) -> Any:
-    return [value.item(), str(value.dtype).removeprefix("torch.")] if isinstance(value, torch.Tensor) else value
+    return [value.item(), dtype_name(value)] if isinstance(value, torch.Tensor) else value
 
 
 def scalar(kind: Any) -> Any:

@@ -95,6 +95,7 @@ def cost_of(item: ItemFact, state_bytes: float = 0.0) -> Cost:
         forward_s=item.forward_s,
         input_gradient_s=item.input_gradient_s,
         weight_gradient_s=item.weight_gradient_s,
+        split_s=item.split_s,
         output_bytes=item.output_bytes,
         activation_bytes=item.activation_bytes,
         state_bytes=state_bytes,
@@ -226,6 +227,7 @@ class Known:
                 forward_s=self.computed * cost.forward_s,
                 input_gradient_s=self.computed * cost.input_gradient_s,
                 weight_gradient_s=self.computed * cost.weight_gradient_s,
+                split_s=self.computed * cost.split_s,
                 activation_bytes=self.kept * cost.activation_bytes,
             )
             for cost in whole

@@ -58,6 +58,7 @@ def scaled(facts: Facts, examples: float) -> Facts:
                 forward_s=examples * item.forward_s,
                 input_gradient_s=examples * item.input_gradient_s,
                 weight_gradient_s=examples * item.weight_gradient_s,
+                split_s=examples * item.split_s,
                 output_bytes=round(examples * item.output_bytes),
                 activation_bytes=round(examples * item.activation_bytes),
             )

@@ -27,10 +27,12 @@ from weft.patterns import shared_step
 from weft.patterns.base import BufferFact, Facts, ParamFact, Pattern
 from weft.patterns.batches import Batches, check_loss, check_map_style, groups_of
 from weft.patterns.compression import momentum_of, set_momentum
+from weft.patterns.elementwise import ELEMENTWISE
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.late import why_not
 from weft.patterns.metrics import Totals, evaluate_batch, evaluating
 from weft.patterns.randomness import host_state_kept, seed_everything
+from weft.patterns.rehearsal import check_state
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
 from weft.usage import memory_left
@@ -101,6 +103,8 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
             f"{name}.optimizer returned {type(optimizer).__name__}, whose step needs a closure to evaluate the loss again: use "
             "an optimizer that takes one gradient per step, such as SGD or AdamW."
         ) from error
+    if pattern.splits:
+        check_state(optimizer)
     params_before = snapshot(params)
     held_out = Batches(data.test, task, device, dtype)(np.arange(min(data.num_test, 2)))
     with evaluating(model):
@@ -135,6 +139,7 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         cores=max(1.0, len(os.sched_getaffinity(0)) / config.threads),
         memory_left=left,
         optimizer=type(optimizer).__name__,
+        elementwise=type(optimizer) in ELEMENTWISE,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
         **pattern.learn(task, model, batch_of, held_out, config),

@@ -247,6 +247,14 @@ class SplitPattern(Pattern):
         share = -(-config.batch // layout.shares)
         blocks = find_blocks(task, model)
         learned: dict[str, Any] = {"blocks": {n: sum(p.nbytes for p in b.parameters()) for n, b in blocks.items()}}
+        if (degree := max(layout.tensor, layout.sharded)) > 1:
+            from weft.patterns.rehearsal import check_optimizer_of_parts
+
+            check_optimizer_of_parts(task, model, degree)
+        if layout.sharded > 1:
+            from weft.patterns.rehearsal import check_uses
+
+            check_uses(task, model, lambda: task.loss(model, batch(share)), stays=not self.gathers_twice)
         if layout.tensor > 1:
             from weft.patterns.tensors import learn
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.overrides import TorchFunctionMode
 
 from weft.comm.link import Link, SoloLink, tell_all
 from weft.comm.torch_backend import process_groups
@@ -31,27 +32,36 @@ from weft.patterns import tensors
 from weft.patterns.blocks import find_blocks
 from weft.patterns.compression import STATE, CompressedArena, make_arena
 from weft.patterns.copies import held_by_several
-from weft.patterns.elementwise import ELEMENTWISE, is_large
+from weft.patterns.elementwise import ELEMENTWISE, PER_PARAMETER, is_large
 from weft.patterns.late import Later, all_tensors
 from weft.patterns.layout import AXES, DATA, PIPELINE, SHARDED, TENSOR
 from weft.patterns.mean import JoinedMean, Running
 from weft.patterns.metrics import checked_parts
 from weft.patterns.optimizer_state import (
-    LARGE,
-    described,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     scalar,
+    shapes,
 )
 from weft.patterns.pipelined import CHANNEL, Chosen
 from weft.patterns.pipelining import PipelineWork, move_away
 from weft.patterns.split import SplitPattern
+from weft.patterns.stages import LOOKS
 from weft.patterns.training import Arena, Replica, first_names
 from weft.update import ClipNorm, Dense, Update, norm
 from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
     from weft.patterns.base import Context, Resume
+
+
+class LooksAtWhole(TorchFunctionMode):
+    """To read a DTensor as a number gives, in torch, that of this worker's part (a norm's share of the sum)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in LOOKS and isinstance(args[0], DTensor):
+            args = (whole(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class SplitReplica(Replica):
@@ -318,23 +328,29 @@ class SplitReplica(Replica):
         own = optimizer_state_by_name(self.optimizer, self.stepped)
         params = {p.name: p for p in self.ctx.facts.params}
         row = self.link_on(PIPELINE)
-        told = tell_all(row, [{n: described(state) for n, state in own["state"].items()}, own["param_groups"]])
+        with LooksAtWhole():
+            kept = {n: shapes(state) for n, state in own["state"].items()}
+        told = tell_all(row, [kept, own["param_groups"]])
         states: dict[str, dict[str, Any]] = {}
         for name in self.names:
             holder = self.holders(name)[0]
             if name not in told[holder][0]:
                 continue
             here = holder == self.place[PIPELINE]
-            large: dict[str, tuple[Tensor, int]] = {}
-            for key, kind in told[holder][0][name].items():
-                if kind == LARGE:
-                    value = (
-                        own["state"][name][key] if here else torch.empty(params[name].shape, dtype=self.dtype_of(name))
-                    )
-                    large[key] = (placed(value, self.params[name]) if here and self.parts else value, holder)
-            states[name] = {
-                key: kind if kind == LARGE else scalar(kind) for key, kind in told[holder][0][name].items()
-            } | self._gathered(large)
+            kinds: dict[str, Any] = told[holder][0][name]
+            tensors: dict[str, tuple[Tensor, int]] = {}
+            for key, kind in kinds.items():
+                if not isinstance(kind, dict):
+                    continue
+                if not here:  # of parts by themselves only those tell their shape that have one
+                    shape = params[name].shape if self.parts else kind["shape"]
+                    tensors[key] = torch.empty(shape, dtype=getattr(torch, kind["dtype"])), holder
+                elif self.parts:
+                    tensors[key] = placed(own["state"][name][key], self.params[name]), holder
+                else:
+                    tensors[key] = own["state"][name][key], holder
+            states[name] = {k: None if isinstance(v, dict) else scalar(v) for k, v in kinds.items()}
+            states[name] |= self._gathered(tensors)
         groups = [
             dict(group) | {"params": [n for n in self.names if any(n in t[1][k]["params"] for t in told)]}
             for k, group in enumerate(own["param_groups"])
@@ -353,7 +369,7 @@ class SplitReplica(Replica):
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         parts = {
-            name: {k: part_of(v, self.params[name]) if is_like(v, self.params[name]) else v for k, v in each.items()}
+            name: {k: self._own_part(k, v, self.params[name]) for k, v in each.items()}
             for name, each in state["state"].items()
             if name in self.params
         }
@@ -362,6 +378,22 @@ class SplitReplica(Replica):
             for group in state["param_groups"]
         ]
         load_optimizer_state_by_name(self.optimizer, self.params, {"state": parts, "param_groups": groups})
+
+    def _own_part(self, key: str, value: Any, param: Tensor) -> Any:
+        """Of what the optimizer keeps for a parameter. What is not laid out as that is, an optimizer that steps DTensors has whole, as one of them."""
+        if is_like(value, param):
+            return part_of(value, param)
+        mixes = isinstance(param, DTensor) and type(self.optimizer) not in ELEMENTWISE
+        if not mixes or not isinstance(value, Tensor) or key in PER_PARAMETER:
+            return value
+        assert isinstance(param, DTensor)
+        everywhere = [Replicate()] * param.device_mesh.ndim
+        return DTensor.from_local(value, param.device_mesh, everywhere, run_check=False)
+
+    def apply(self, update: Update) -> None:
+        """An optimizer that looks at whole parameters may read a number of what is in parts: it is given that of the whole."""
+        with nullcontext() if self.parts else LooksAtWhole():
+            super().apply(update)
 
 
 class SplitMean(JoinedMean):

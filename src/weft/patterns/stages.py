@@ -11,8 +11,10 @@ block, with the loss.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from weft.patterns.saved import own
 from weft.task import Task
 
 REST = "the rest"  # the item after the last block
-REPEATS = 3
+MIN_PASSES, MAX_PASSES, PASSES_S = 2, 5, 3.0  # that are timed, and until when another is begun
 
 
 CALLED = "_call_impl"  # of a module: forward with all its hooks, which may exchange what forward has made
@@ -63,6 +65,7 @@ class Cuts:
         #: Buffers that a training step writes to, and the last item that does.
         self.running: list[tuple[Place, int]] = []
         self._shapes: dict[Any, Any] = {}  # what blocks make of what shapes
+        self.without_numbers: dict[Any, Any] = {}  # the same of single operations
         self.calls: list[Callable[..., Any]] = [block._call_impl for block in self.blocks]
         for k, block in enumerate(self.blocks):
             vars(block)[CALLED] = self._instead_of(self.calls[k], k)
@@ -146,14 +149,47 @@ class Before(TorchFunctionMode):
         if any_meta(args) or (kwargs and any_meta(kwargs.values())):
             if self.cuts.reached >= self.cuts.begin and func not in ASKS:
                 raise TaskError(skips(self.cuts, self.cuts.begin, func))
-            args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
-            try:
-                return func(*args, **kwargs)
-            except RuntimeError as error:
-                if "meta" not in str(error):
-                    raise
-                raise TaskError(looks(self.cuts, self.cuts.begin, func)) from error
+            return self._shape(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """torch takes up to 0.4 ms for an operation without numbers, much of it in Python: once for each shape is enough."""
+        leaves, spec = tree_flatten((args, kwargs))
+        name, known = getattr(func, "__name__", ""), self.cuts.without_numbers
+        key = (func, spec, *(laid_out(t) if isinstance(t, Tensor) else repr(t) for t in leaves))
+        lasts = not (name.endswith("_") or "out" in kwargs)  # it writes to nothing
+        if lasts and key in known:
+            return tree_map(lambda t: t() if isinstance(t, Shape) else t, known[key])
+        args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+        try:
+            made = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "meta" not in str(error):
+                raise
+            raise TaskError(looks(self.cuts, self.cuts.begin, func)) from error
+        if lasts and len(known) < MOST_SHAPES and isinstance(made, Tensor | tuple | list) and type(made) in PLAIN:
+            known[key] = tree_map(lambda t: Shape(*laid_out(t)) if isinstance(t, Tensor) else t, made)
+        return made
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor without numbers, to be."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def laid_out(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+MOST_SHAPES = 10_000
+PLAIN = (Tensor, tuple, list)
 
 
 def any_meta(arguments: Iterable[Any]) -> bool:
@@ -428,27 +464,40 @@ def learn(
 def profile(
     task: Task, model: nn.Module, cuts: Cuts, batch: Any, weights: Sequence[Sequence[nn.Parameter]], split: bool
 ) -> tuple[list[ItemFact], str]:
-    """Seconds and bytes of each item for one micro-batch, of some passes the quickest; and why no backward can be split (a weight that a
-    block uses several times), if so. Of a whole backward each half is given half of the seconds."""
-    num = len(cuts.blocks) + 1
-    unsplit = ""
-    try:
-        passes = [Pass(task, model, cuts, batch, weights, split) for _ in range(REPEATS)]
-    except Unsplit as error:
-        passes = [Pass(task, model, cuts, batch, weights, split=False) for _ in range(REPEATS)]
-        unsplit = str(error)
-    last = passes[-1]
-    items = [
-        ItemFact(
-            name=cuts.names[k] if k < num - 1 else REST,
-            forward_s=min(of.forward_s[k] for of in passes),
-            input_gradient_s=min(of.input_gradient_s[k] for of in passes),
-            weight_gradient_s=min(of.weight_gradient_s[k] for of in passes),
-            output_bytes=sum(t.numel() * t.element_size() for t in last.made[k]) if k < num - 1 else 0,
-            activation_bytes=last.saved[k],
+    """Seconds and bytes of each item for one micro-batch, the medians of some passes; and why no backward can be split (a weight that a
+    block uses several times), if so. Then, and if nobody asks, each half of a backward is given half of its seconds."""
+    whole: list[Pass] = []
+    halves: list[Pass] = []
+    unsplit, begin = "", time.monotonic()
+    while len(whole) < MAX_PASSES and (len(whole) < MIN_PASSES or time.monotonic() - begin < PASSES_S):
+        if split and not unsplit:
+            try:
+                halves.append(Pass(task, model, cuts, batch, weights, split=True))
+            except Unsplit as error:
+                unsplit, halves = str(error), []
+        whole.append(Pass(task, model, cuts, batch, weights, split=False))
+    num, last = len(cuts.blocks) + 1, whole[-1]
+
+    def median(passes: Sequence[Pass], what: str, k: int) -> float:
+        value: float = statistics.median(getattr(of, what)[k] for of in passes)
+        return value
+
+    items = []
+    for k in range(num):
+        backward_s = median(whole, "backward_s", k)
+        input_s = min(median(halves, "input_gradient_s", k), backward_s) if halves else backward_s / 2
+        weight_s = median(halves, "weight_gradient_s", k) if halves else backward_s / 2
+        items.append(
+            ItemFact(
+                name=cuts.names[k] if k < num - 1 else REST,
+                forward_s=median([*whole, *halves], "forward_s", k),
+                input_gradient_s=input_s,
+                weight_gradient_s=backward_s - input_s,
+                split_s=max(0.0, weight_s - (backward_s - input_s)),
+                output_bytes=last.output_bytes[k],
+                activation_bytes=last.saved[k],
+            )
         )
-        for k in range(num)
-    ]
     return items, unsplit
 
 
@@ -473,7 +522,7 @@ class Pass:
         self.given: list[list[Tensor]] = [[]]
         self.made: list[list[Tensor]] = []
         self.forward_s, self.saved = [0.0] * num, [0] * num
-        self.input_gradient_s, self.weight_gradient_s = [0.0] * num, [0.0] * num
+        self.input_gradient_s, self.weight_gradient_s, self.backward_s = [0.0] * num, [0.0] * num, [0.0] * num
         self._seen = {own(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         cuts.compute = self._compute
         self._begun = time.perf_counter()
@@ -484,6 +533,9 @@ class Pass:
         grads = [torch.ones_like(loss)]
         for k in reversed(range(num)):
             grads = self._backward(k, grads, weights[k])
+        self.output_bytes = [sum(t.numel() * t.element_size() for t in made) for made in self.made[:-1]] + [0]
+        self.made.clear()
+        self.given.clear()
 
     def _compute(self, k: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         made = forward(*args, **kwargs)
@@ -508,7 +560,7 @@ class Pass:
         begin = time.perf_counter()
         if not made or not self.split:
             back = whole_backward(made, grads, given)
-            self.input_gradient_s[k] = self.weight_gradient_s[k] = (time.perf_counter() - begin) / 2
+            self.backward_s[k] = self.input_gradient_s[k] = time.perf_counter() - begin
             return back
         try:
             back, later = input_gradient(made, grads, given, weights)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.experimental import implicit_replication, register_sharding
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -33,11 +33,11 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils._pytree import tree_flatten
 
-from weft.comm.link import Op, SoloLink
 from weft.comm.torch_backend import process_groups
 from weft.errors import CommError, Incompatible, TaskError, WeftError
 from weft.patterns.base import TensorFacts
 from weft.patterns.blocks import find_blocks
+from weft.patterns.rehearsal import Rehearsal, one_line
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
 
@@ -112,15 +112,40 @@ def computing(facts: TensorFacts | None) -> Iterator[None]:
 # -- what torch lacks on CPUs
 
 
-@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)  # type: ignore[untyped-decorator]
-def _attention(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> Sequence[Any]:
-    """Heads (dim 1) and examples (dim 0) are independent of each other."""
-    return [([p, p], [p, p, p, *[None] * len(rest)]) for p in (Replicate(), Shard(0), Shard(1))]
+def _by_head(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Attention forward or backward, by examples (dim 0) and heads (dim 1), which are independent of each other. A mask may say the same for all of them."""
+    given = next(t for t in args if isinstance(t, DTensor))
+    mesh, cuttable = given.device_mesh, (Replicate(), Shard(0), Shard(1))
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    queries = next(t for t in tensors if isinstance(t, DTensor))
+    at = [p if p in cuttable else Replicate() for p in queries.placements]
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, DTensor):
+            cut = [p if isinstance(p, Replicate) or of_each(value, p.dim) else Replicate() for p in at]
+            value = value.redistribute(mesh, cut).to_local()
+            return value
+        for axis, p in enumerate(at):
+            if not isinstance(p, Replicate) and of_each(value, p.dim):
+                value = value.chunk(mesh.size(axis), p.dim)[mesh.get_local_rank(axis)]
+        return value
+
+    made = op(*map(part, args), **{key: part(value) for key, value in kwargs.items()})
+    return tuple(DTensor.from_local(t, mesh, at, run_check=False) for t in made)
 
 
-@register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)  # type: ignore[untyped-decorator]
-def _attention_backward(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any, **more: Any) -> Sequence[Any]:
-    return [([p, p, p], [p] * 6 + [None] * len(rest)) for p in (Replicate(), Shard(0), Shard(1))]
+def of_each(value: Tensor, dim: int) -> bool:
+    """It is another for each place of a dim: a mask may have fewer dims, or one that stands for all."""
+    return value.dim() > 2 and value.shape[dim] > 1
+
+
+for _attention in (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+):
+    DTensor._op_dispatcher._custom_op_handlers[_attention] = _by_head  # type: ignore[assignment]
 
 
 def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,10 +247,6 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
 
 def without_numbers(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
 
 
 def check_plan(task: Task, model: nn.Module, asked: Mapping[str, str], degree: int) -> dict[str, str]:
@@ -331,8 +352,9 @@ def try_out(task: Task, model: nn.Module, batch: Any, pair: Pair, degree: int, r
         raise
     except Exception as error:  # whatever DTensor makes of the code between them
         raise Incompatible(
-            f"tensor={degree} cannot cut {pair}: heads must be divisible by {degree}, and what belongs to a head lie together, as by "
-            f".view(..., heads, 3, width) and not (..., 3, heads, width). torch says of the code between them: {one_line(error)} {cure}"
+            f"tensor={degree} cannot cut {pair}: torch does not compute with them in parts ({one_line(error)}). Of an attention, heads must be divisible by "
+            f"{degree}, and what belongs to a head lie together, as by .view(..., heads, 3, width) and not (..., 3, heads, width); the loss must not use "
+            f"parameters by themselves (a penalty). {cure}"
         ) from error
 
 
@@ -362,26 +384,6 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 # -- rehearsal
-
-
-class Rehearsal(SoloLink):
-    """One of ``world`` ranks, of which the others are thought: it counts what would travel."""
-
-    def __init__(self, world: int) -> None:
-        super().__init__()
-        self.world = world
-        self.calls, self.nbytes = 0, 0
-
-    def _count(self, tensors: Sequence[Tensor]) -> None:
-        self.calls += 1
-        self.nbytes += sum(t.numel() * t.element_size() for t in tensors)
-
-    def all_reduce(self, buffers: Sequence[Tensor], op: Op = "sum") -> None:
-        self._count(buffers)
-
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        self._count([tensor])
-        return [tensor.detach().clone() for _ in range(self.world)]
 
 
 def rehearse(

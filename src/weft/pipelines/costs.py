@@ -14,12 +14,14 @@ from weft.errors import ConfigError
 class Cost:
     """Of one block, or of several that follow each other (``a + b``), for one microbatch.
 
-    The embedding is a block, and so are the head and the loss. A whole backward takes ``input_gradient_s + weight_gradient_s``.
+    The embedding is a block, and so are the head and the loss. A whole backward takes ``input_gradient_s + weight_gradient_s``; in two, its second
+    half takes ``split_s`` more.
     """
 
     forward_s: float
     input_gradient_s: float
     weight_gradient_s: float
+    split_s: float = 0.0
     output_bytes: float = 0.0  # what goes on to the next block; as much comes back as its gradient
     activation_bytes: float = 0.0  # held from F until B or W
     state_bytes: float = 0.0  # parameters, gradients, optimizer: whatever the microbatch

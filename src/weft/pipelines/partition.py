@@ -99,7 +99,7 @@ def _too_few(blocks: int, ranks: int, per_rank: int) -> str:
     cures += [f"at most {blocks // ranks} on each rank"] if per_rank > 1 and blocks >= ranks else []
     cures += ["let the task give more, smaller blocks"]
     each = f" ({per_rank} on each of {ranks} ranks)" if per_rank > 1 else ""
-    return f"{blocks} blocks cannot fill {ranks * per_rank} stages{each}: {', or '.join(cures)}"
+    return f"{blocks} parts (the model's blocks, and what follows the last) cannot fill {ranks * per_rank} stages{each}: {', or '.join(cures)}"
 
 
 Cuts = tuple[int, ...]  # where stages begin, and the number of blocks

@@ -191,7 +191,7 @@ class _Simulator:
             "F": cost.forward_s,
             "B": cost.input_gradient_s + cost.weight_gradient_s,
             "I": cost.input_gradient_s,
-            "W": cost.weight_gradient_s,
+            "W": cost.weight_gradient_s + cost.split_s,
         }
         return self.action_s + seconds[action.kind] * self.sizes[m]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from weft import errors
@@ -39,15 +39,20 @@ class Failure:
         return f"ended with exit status {self.code}"
 
 
-def culprit(failures: Sequence[Failure]) -> Failure:
-    """The first that failed for its own reason; else, of those who only lost somebody, the one that the others name."""
+def culprit(failures: Sequence[Failure], stopped: Collection[int] = ()) -> Failure:
+    """The first that failed for its own reason; else who is seen to be ``stopped``; else, of those who only lost somebody, the one that the others
+    name: first of all one that has said nothing itself, for who gave up waited for somebody else."""
     for failure in failures:
         if not failure.is_echo:
             return failure
-    blamed = [rank for f in failures for rank in f.blames]
-    if blamed:
-        most = max(set(blamed), key=blamed.count)
-        words = next(f for f in failures if most in f.blames)
+    spoke = {f.member for f in failures}
+    everybody = [rank for f in failures for rank in f.blames]
+    quiet = [rank for rank in everybody if rank not in spoke]
+    if blamed := sorted(stopped) or quiet or everybody:
+        most = max(sorted(set(blamed)), key=blamed.count)
+        words = next((f for f in failures if most in f.blames), None)
+        if words is None:
+            return Failure(most, failures[0].role, kind="DeadlineExceeded", message="its process is stopped")
         return Failure(most, words.role, kind=words.kind, message=words.message, traceback=words.traceback)
     return failures[0]
 

@@ -1,0 +1,137 @@
+"""What is cut and what it then exchanges, and the pieces of torch that cutting stands on: of two workers the first, whose fellow is thought."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import weft
+from weft.comm.torch_backend import process_groups
+from weft.patterns import tensors
+from weft.patterns.base import TensorFacts
+from weft.patterns.batches import Batches
+from weft.patterns.rehearsal import Rehearsal
+from weft.tasks.codelm import CodeLM
+
+DEGREE = 2
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    with process_groups(Rehearsal(DEGREE)):
+        yield init_device_mesh("cpu", (DEGREE,))
+
+
+def part(whole: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
+    return DTensor.from_local(whole.chunk(DEGREE, dim)[0].clone(), mesh, [Shard(dim)], run_check=False)
+
+
+MASKS = {
+    "none": None,
+    "of positions": (5, 5),
+    "the same for all": (1, 1, 5, 5),
+    "by example": (2, 1, 5, 5),
+    "by head": (1, 4, 5, 5),
+    "by both": (2, 4, 5, 5),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dim", [0, 1], ids=["examples", "heads"])
+def test_attention_goes_by_examples_and_heads(mesh: DeviceMesh, mask: str, dim: int) -> None:
+    torch.manual_seed(0)
+    whole = [torch.randn(2, 4, 5, 3, dtype=torch.float64) for _ in range(3)]
+    shape = MASKS[mask]
+    told = torch.randn(shape, dtype=torch.float64) if shape else None
+    truth = F.scaled_dot_product_attention(*whole, attn_mask=told, is_causal=told is None)
+    with tensors.computing(None):
+        made = F.scaled_dot_product_attention(
+            *(part(t, mesh, dim) for t in whole), attn_mask=told, is_causal=told is None
+        )
+    assert made.placements == (Shard(dim),)
+    assert torch.equal(made.to_local(), truth.chunk(DEGREE, dim)[0])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_and_so_does_its_gradient(mesh: DeviceMesh, mask: str) -> None:
+    torch.manual_seed(1)
+    whole = [torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    local = [t.detach().chunk(DEGREE, 1)[0].clone().requires_grad_() for t in whole]
+    shape = MASKS[mask]
+    told = torch.randn(shape, dtype=torch.float64) if shape else None
+    F.scaled_dot_product_attention(*whole, attn_mask=told).sin().sum().backward()
+    with tensors.computing(None):
+        cut = [DTensor.from_local(t, mesh, [Shard(1)], run_check=False) for t in local]
+        F.scaled_dot_product_attention(*cut, attn_mask=told).to_local().sin().sum().backward()
+    for mine, all_of_it in zip(local, whole, strict=True):
+        assert mine.grad is not None
+        assert all_of_it.grad is not None
+        torch.testing.assert_close(mine.grad, all_of_it.grad.chunk(DEGREE, 1)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_random_numbers_are_a_part_of_what_one_process_draws(mesh: DeviceMesh) -> None:
+    whole = torch.ones(3, 8)
+    torch.manual_seed(5)
+    truth, after = F.dropout(whole, 0.5), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(F.dropout(part(whole, mesh, 1), 0.5).to_local(), truth[:, :4])
+    assert torch.equal(torch.rand(1), after)
+    torch.manual_seed(5)
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
+    assert torch.equal(F.dropout(everywhere, 0.5).to_local(), truth)
+
+
+# -- what is found
+
+
+def learned(task: weft.Task, examples: int = 4) -> TensorFacts:
+    model, (train, _) = task.model(), task.data()
+    batch = Batches(train, task, torch.device("cpu"), torch.float32)(np.arange(examples))
+    return tensors.learn(task, model, batch, DEGREE)
+
+
+def test_of_a_transformer_attention_and_mlp_are_cut() -> None:
+    facts = learned(CodeLM(size="small", layers=2, seq_len=16, test_windows=8))
+    cut = {name: style for name, style in facts.styles.items() if name.startswith("blocks")}
+    kinds = {"qkv": "column", "out": "row", "up": "column", "down": "row"}
+    assert cut == {f"blocks.{k}.{name}": style for k in range(2) for name, style in kinds.items()}
+    assert facts.degree == DEGREE
+
+
+class Masked(CodeLM):
+    """Attention as most models write it: a projection each, and a mask that is made by hand."""
+
+    def model(self) -> nn.Module:
+        return MaskedNet()
+
+
+class MaskedNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 32), nn.Linear(32, 256)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        b, t, _ = x.shape
+        mask = torch.full((t, t), float("-inf")).triu(1)[None, None]
+        q, k, v = (f(x).view(b, t, 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(self.o(y.transpose(1, 2).reshape(b, t, 32)))
+
+
+def test_attention_with_a_mask_is_cut() -> None:
+    facts = learned(Masked(size="small", seq_len=16, test_windows=8))
+    assert {n: s for n, s in facts.styles.items() if n in "qkvo"} == {
+        "q": "column",
+        "k": "column",
+        "v": "column",
+        "o": "row",
+    }
