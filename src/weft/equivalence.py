@@ -242,9 +242,9 @@ class OneProcess:
             self.params[name].grad = mine if mine is not None and mine.is_sparse else gradient.to(self.device)
         if (largest := self.loop.clip_norm) is not None:
             found = list(self.gradients().values())
-            norm = math.sqrt(sum(square(g) for g in found))
-            for gradient in found if norm > largest else ():
-                gradient *= largest / norm
+            scale = largest / (math.sqrt(sum(square(g) for g in found)) + 1e-6)  # as torch's clip_grad_norm_
+            for gradient in found if scale < 1 else ():
+                gradient *= scale
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
