@@ -223,6 +223,12 @@ class WithScale(Row):
         return super().forward(self.scale * x)
 
 
+class TiedToBlock(Row):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].linear.weight = self.first.weight
+
+
 class Penalised(Of):
     def __init__(self, net: Callable[[], nn.Module], first: bool = False) -> None:
         super().__init__(net)
@@ -288,6 +294,7 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "a penalty": (Penalised(Row), Sharded(), 2, TaskError, "uses parameter 'blocks.0.linear.weight' outside the forward of block 'blocks.0' .pow.*weight_decay"),
     "a penalty of the rest": (Penalised(lambda: nn.Linear(6, 1), first=True), Sharded(), 2, TaskError, "outside the model's forward"),
     "a penalty, in tensors": (Penalised(lambda: Mlp(16)), T2, 2, Incompatible, "the loss must not use parameters by themselves"),
+    "a tie": (Of(TiedToBlock), Sharded(), 2, TaskError, "uses one parameter in two parts .*'first.weight' and 'blocks.1.linear.weight'.*Make one block"),
     "an optimizer": (Stepped(Row, torch.optim.Adafactor), Sharded(), 2, Incompatible, "Adafactor looks at each parameter as a whole.*an optimizer that treats"),
     "an optimizer, in tensors": (Stepped(lambda: Mlp(16), torch.optim.Adafactor), T2, 2, Incompatible, "Adafactor looks at each parameter as a whole"),
     "an optimizer's notes": (Stepped(Row, KeepsList), P2, 2, Incompatible, "KeepsList keeps a list as 'seen' for each parameter.*under a key of its own"),

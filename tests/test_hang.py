@@ -232,7 +232,7 @@ LATE = "DeadlineExceeded"
     [
         ({0: (1,), 1: (2,)}, (), 2),  # who gave up waited for somebody else
         ({0: (2,), 1: (2,), 2: (3,)}, (), 3),
-        ({0: (1,), 1: (0,)}, (), 0),
+        ({0: (1,), 1: (0,)}, (), 1),
         ({0: (1,), 1: (2,)}, (3,), 3),  # nobody came so far as to wait for it
         ({0: (1,), 2: (1,)}, (), 1),
     ],

@@ -21,6 +21,7 @@ from weft.patterns.mesh import Mesh
 from weft.patterns.pipeline import Pipeline
 from weft.patterns.sharded import Sharded
 from weft.patterns.tensor import Tensor
+from weft.tasks.codelm import CodeLM
 from weft.testing import freeze, kill
 
 STEPS = 5
@@ -129,6 +130,38 @@ def test_an_optimizer_that_looks_at_whole_parameters_sees_them_whole_also_when_i
     weft.resume(tmp_path / "run", task=ByNorm())
     truth = train_plainly(ByNorm(), steps=STEPS, batch=24, run_seed=3)
     assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL
+
+
+@pytest.mark.parametrize("schedule", rest_slow(["1f1b", "zbv"]))
+def test_attention_in_parts_goes_through_many_blocks(tmp_path: Path, schedule: str) -> None:
+    """Blocks before a stage are not computed there, and what passes between them has its parts all the same."""
+    task = CodeLM(size="small", layers=6, seq_len=16, test_windows=8)
+    truth = train_plainly(task, steps=2, batch=8, run_seed=3)
+    pattern = Mesh(tensor=2, pipeline=2, schedule=schedule)
+    got = train(tmp_path / "run", task, pattern, 4, steps=2, batch=8, eval_every=1)
+    assert distance(got, truth) <= 1e-7  # AdamW divides by what is nearly nothing
+
+
+class HalfFrozen(Counted):
+    """All that one stage holds is frozen."""
+
+    def model(self) -> nn.Module:
+        layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)]
+        for layer in layers[:3]:
+            layer.requires_grad_(False)
+        return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ((Pipeline(schedule="1f1b"), 2)),
+        pytest.param((Mesh(tensor=2, pipeline=2, schedule="1f1b"), 4), marks=pytest.mark.slow),
+    ],
+)
+def test_a_stage_may_have_nothing_to_train(tmp_path: Path, layout: Any) -> None:
+    truth = train_plainly(HalfFrozen("adamw"), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", HalfFrozen("adamw"), *layout), truth) <= EQUAL
 
 
 # -- when something breaks

@@ -84,6 +84,7 @@ class TorchDistLink(Link):
         dist = _torch_distributed()
         self._store.set(f"process/{self.rank}", f"{_host_id()} {os.getpid()}")
         try:
+            names = [self._store.get(f"process/{k}").decode() for k in range(self.world)]
             if host is None:
                 gloo = dist.ProcessGroupGloo(self._store, self.rank, self.world, timeout)
             else:
@@ -91,7 +92,6 @@ class TorchDistLink(Link):
                 options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
                 options._timeout = timeout
                 gloo = dist.ProcessGroupGloo(self._store, self.rank, self.world, options)
-            names = [self._store.get(f"process/{k}").decode() for k in range(self.world)]
         except RuntimeError as error:
             missing = tuple(k for k in range(self.world) if not self._store.check([f"process/{k}"]))
             who = f"{ranks_are(missing)} not there" if missing else str(error)
@@ -389,6 +389,10 @@ class TorchDistLink(Link):
 
     def interrupt(self, error: CommError) -> None:
         self._interruption = error
+
+    def fail(self, error: CommError) -> None:
+        if self._error is None:
+            self._fail(error)
 
     def close(self) -> None:
         if self._closed:

@@ -85,6 +85,12 @@ class TracedLink(Link):
     def all_reduce_bytes(self, nbytes: int) -> int:
         return self._link.all_reduce_bytes(nbytes)
 
+    def pace(self, bytes_per_s: float) -> None:
+        self._link.pace(bytes_per_s)
+
+    def fail(self, error: CommError) -> None:
+        self._link.fail(error)
+
     def interrupt(self, error: CommError) -> None:
         self._link.interrupt(error)
 

@@ -178,6 +178,9 @@ class FaultyLink(Link):
     def all_reduce_bytes(self, nbytes: int) -> int:
         return self._link.all_reduce_bytes(nbytes)
 
+    def fail(self, error: CommError) -> None:
+        self._link.fail(error)
+
     def interrupt(self, error: CommError) -> None:
         self._link.interrupt(error)
 

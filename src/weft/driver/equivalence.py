@@ -265,7 +265,7 @@ def cause(found: Equivalence, facts: Facts, loop: Loop) -> str:
             "examples, weighted as num_examples counts them: return a mean, not a sum; what looks at the batch as a whole (a contrastive "
             f"loss, a norm over the batch) depends on the shares.{rounding}"
         )
-    if len(found.steps) > 1 and not facts.elementwise and (facts.tensor or facts.blocks):
+    if len(found.steps) > 1 and not facts.elementwise and not facts.pipeline and (facts.tensor or facts.blocks):
         return (
             f"Step 1 was equal, so the gradients are: what differs is how {facts.optimizer} steps parts of parameters (it looks at each as a whole: a norm, a "
             f"matrix in low precision). Use an optimizer that treats each number by itself, or --pattern allreduce.{rounding}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, Incompatible
 from weft.patterns.elementwise import PER_PARAMETER, is_large
 
 
@@ -90,6 +90,10 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 def plain(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor | int | float | str | None):
+        raise Incompatible(
+            f"an optimizer keeps a {type(value).__name__} for a parameter: a layout that takes the model apart saves only tensors and plain values."
+        )
     return [value.item(), dtype_name(value)] if isinstance(value, torch.Tensor) else value
 
 

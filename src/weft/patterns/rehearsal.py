@@ -61,7 +61,7 @@ def check_optimizer_of_parts(task: Task, model: nn.Module, degree: int) -> None:
             name = type(optimizer).__name__
             for _ in range(STEPS):
                 for part in parts:
-                    part.grad = torch.full_like(part, 1e-3)
+                    part.grad = drawn_like(part)
                 optimizer.step()
         except WeftError:
             raise
@@ -83,6 +83,15 @@ def part_of_many(tensor: Tensor, mesh: Any, degree: int) -> nn.Parameter:
     )
 
 
+def drawn_like(part: Tensor) -> Tensor:
+    if not isinstance(part, DTensor):
+        return torch.randn(part.shape, dtype=part.dtype)
+    numbers = torch.randn(part.to_local().shape, dtype=part.dtype)
+    return DTensor.from_local(
+        numbers, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+    )
+
+
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Incompatible where what it keeps is more than tensors and plain values: other workers could not be told of it."""
     for state in optimizer.state.values():
@@ -95,7 +104,14 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 #: What is asked about a parameter is the same of its parts.
-ABOUT = ASKS | {Tensor.numel, Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.element_size}
+ABOUT = ASKS | {
+    *(Tensor.numel, Tensor.nelement, Tensor.size, Tensor.stride, Tensor.dim, Tensor.ndimension, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("is_cuda", "ndim", "layout", "is_leaf", "is_sparse", "itemsize", "nbytes", "grad")
+    ),
+}
 
 
 def check_uses(task: Task, model: nn.Module, loss: Callable[[], Tensor], stays: bool) -> None:
@@ -108,7 +124,18 @@ def check_uses(task: Task, model: nn.Module, loss: Callable[[], Tensor], stays: 
                 f"parameter {name!r} of {who}'s model is a single number without dimensions, which torch's fully_shard does not take: give it "
                 "one (torch.tensor([x]) in place of torch.tensor(x)), or use --pattern allreduce, tensor or pipeline."
             )
-    units: dict[str, nn.Module] = {**find_blocks(task, model), "": model}
+    blocks = find_blocks(task, model)
+    inner = {id(m): name for name, block in reversed(blocks.items()) for m in block.modules()}
+    first: dict[int, tuple[str, str]] = {}  # of each parameter, a name and the block it is in
+    for prefix, module in model.named_modules():
+        for last, p in module.named_parameters(prefix, recurse=False):
+            name, block = first.setdefault(id(p), (last, inner.get(id(module), "")))
+            if block != inner.get(id(module), ""):
+                raise TaskError(
+                    f"{who}'s model uses one parameter in two parts that are gathered at different times: {name!r} and {last!r}. Make one block of them (the "
+                    "task's blocks(model)), or use --pattern allreduce, tensor or pipeline."
+                )
+    units: dict[str, nn.Module] = {**blocks, "": model}
     home: dict[
         int, str
     ] = {}  # of a parameter, the unit that gathers it: the first that holds it, blocks before the rest
@@ -118,7 +145,7 @@ def check_uses(task: Task, model: nn.Module, loss: Callable[[], Tensor], stays: 
     inside: set[str] = set()
     handles = []
     for unit, module in units.items():
-        handles.append(module.register_forward_pre_hook(lambda *_, unit=unit: inside.add(unit)))
+        handles.append(module.register_forward_pre_hook(lambda *_, unit=unit: inside.add(unit), prepend=True))
         if unit and not stays:  # what belongs to no block stays gathered after the model's forward
             handles.append(module.register_forward_hook(lambda *_, unit=unit: inside.discard(unit), always_call=True))
     names = {id(p): n for n, p in model.named_parameters()}
@@ -132,7 +159,7 @@ def check_uses(task: Task, model: nn.Module, loss: Callable[[], Tensor], stays: 
             return func(*args, **(kwargs or {}))
 
     try:
-        with Uses(), torch.no_grad():
+        with Uses():
             loss()
     finally:
         for handle in handles:

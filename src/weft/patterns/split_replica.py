@@ -61,7 +61,16 @@ class LooksAtWhole(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LOOKS and isinstance(args[0], DTensor):
             args = (whole(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+        # what is given as a number (alpha=) is read in C++
+        rest = {key: value if key == "out" else summed(value) for key, value in (kwargs or {}).items()}
+        return func(*args[:1], *map(summed, args[1:]), **rest)
+
+
+def summed(value: Any) -> Any:
+    """A single number in parts that are still to be added up: the sum. Else ``value``."""
+    if isinstance(value, DTensor) and value.dim() == 0 and any(at.is_partial() for at in value.placements):
+        return value.redistribute(placements=[Replicate()] * value.device_mesh.ndim)
+    return value
 
 
 class SplitReplica(Replica):
@@ -90,7 +99,8 @@ class SplitReplica(Replica):
         #: What the optimizer steps: this worker's parts as plain tensors, which every kernel of torch's takes, and without DTensor's
         #: cost for each call; of an optimizer that looks at a parameter as a whole, the DTensors.
         self.parts: dict[str, nn.Parameter] = {}
-        if self.link.world > 1 and self.params and type(self.optimizer) in ELEMENTWISE:
+        self.steps_parts = self.link.world > 1 and type(self.optimizer) in ELEMENTWISE
+        if self.steps_parts and self.params:
             self._step_parts()
 
     def _step_parts(self) -> None:
@@ -343,9 +353,9 @@ class SplitReplica(Replica):
                 if not isinstance(kind, dict):
                     continue
                 if not here:  # of parts by themselves only those tell their shape that have one
-                    shape = params[name].shape if self.parts else kind["shape"]
+                    shape = params[name].shape if self.steps_parts else kind["shape"]
                     tensors[key] = torch.empty(shape, dtype=getattr(torch, kind["dtype"])), holder
-                elif self.parts:
+                elif self.steps_parts:
                     tensors[key] = placed(own["state"][name][key], self.params[name]), holder
                 else:
                     tensors[key] = own["state"][name][key], holder
@@ -392,7 +402,7 @@ class SplitReplica(Replica):
 
     def apply(self, update: Update) -> None:
         """An optimizer that looks at whole parameters may read a number of what is in parts: it is given that of the whole."""
-        with nullcontext() if self.parts else LooksAtWhole():
+        with nullcontext() if self.steps_parts else LooksAtWhole():
             super().apply(update)
 
 
@@ -444,7 +454,7 @@ class SplitMean(JoinedMean):
             entry = update.entries.get(name)
             own = entry.tensor if isinstance(entry, Dense) else placed(torch.zeros_like(local(p)), p)
             grads[name] = placed(views[name], own) if views else own
-        if correction != 1.0 and not views:
+        if correction != 1.0 and not views and grads:
             torch._foreach_mul_([local(grad) for grad in grads.values()], correction)
         for clip in replica.chain:
             if isinstance(clip, ClipNorm):

@@ -156,9 +156,9 @@ class Before(TorchFunctionMode):
         """torch takes up to 0.4 ms for an operation without numbers, much of it in Python: once for each shape is enough."""
         leaves, spec = tree_flatten((args, kwargs))
         name, known = getattr(func, "__name__", ""), self.cuts.without_numbers
-        key = (func, spec, *(laid_out(t) if isinstance(t, Tensor) else repr(t) for t in leaves))
-        lasts = not (name.endswith("_") or "out" in kwargs)  # it writes to nothing
-        if lasts and key in known:
+        lasts = all_plain(leaves) and not (name.endswith("_") or "out" in kwargs)  # it writes to nothing
+        key = (func, spec, *(laid_out(t) if isinstance(t, Tensor) else repr(t) for t in leaves)) if lasts else None
+        if key in known:
             return tree_map(lambda t: t() if isinstance(t, Shape) else t, known[key])
         args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
         try:
@@ -167,7 +167,12 @@ class Before(TorchFunctionMode):
             if "meta" not in str(error):
                 raise
             raise TaskError(looks(self.cuts, self.cuts.begin, func)) from error
-        if lasts and len(known) < MOST_SHAPES and isinstance(made, Tensor | tuple | list) and type(made) in PLAIN:
+        if (
+            lasts
+            and len(known) < MOST_SHAPES
+            and type(made) in (Tensor, tuple, list)
+            and all_plain(tree_flatten(made)[0])
+        ):
             known[key] = tree_map(lambda t: Shape(*laid_out(t)) if isinstance(t, Tensor) else t, made)
         return made
 
@@ -189,7 +194,11 @@ def laid_out(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
 
 
 MOST_SHAPES = 10_000
-PLAIN = (Tensor, tuple, list)
+
+
+def all_plain(leaves: Iterable[Any]) -> bool:
+    """None is in parts (a DTensor) or sparse: shape and strides say all of them."""
+    return all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided for t in leaves if isinstance(t, Tensor))
 
 
 def any_meta(arguments: Iterable[Any]) -> bool:

@@ -114,11 +114,10 @@ def computing(facts: TensorFacts | None) -> Iterator[None]:
 
 def _by_head(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Attention forward or backward, by examples (dim 0) and heads (dim 1), which are independent of each other. A mask may say the same for all of them."""
-    given = next(t for t in args if isinstance(t, DTensor))
-    mesh, cuttable = given.device_mesh, (Replicate(), Shard(0), Shard(1))
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    queries = next(t for t in tensors if isinstance(t, DTensor))
-    at = [p if p in cuttable else Replicate() for p in queries.placements]
+    parts = [t for t in (*args, *kwargs.values()) if isinstance(t, DTensor)]
+    mesh, cuttable = parts[0].device_mesh, (Shard(0), Shard(1))
+    like = next((t for t in parts if any(p in cuttable for p in t.placements)), parts[0])
+    at = [p if p in cuttable else Replicate() for p in like.placements]
 
     def part(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -49,7 +49,7 @@ def culprit(failures: Sequence[Failure], stopped: Collection[int] = ()) -> Failu
     everybody = [rank for f in failures for rank in f.blames]
     quiet = [rank for rank in everybody if rank not in spoke]
     if blamed := sorted(stopped) or quiet or everybody:
-        most = max(sorted(set(blamed)), key=blamed.count)
+        most = max(dict.fromkeys(blamed), key=everybody.count)  # of equals who was blamed first
         words = next((f for f in failures if most in f.blames), None)
         if words is None:
             return Failure(most, failures[0].role, kind="DeadlineExceeded", message="its process is stopped")
