@@ -72,14 +72,18 @@ class ClipNorm(Transform):
         self.norm: float | None = None  # set before each call where the update is a part of the whole
 
     def __call__(self, update: Update) -> Update:
-        import torch
-
         tensors = update.tensors()
         total = norm(tensors) if self.norm is None else self.norm
-        scale = self.max_norm / (total + EPSILON)
-        if tensors and scale < 1:
-            torch._foreach_mul_(tensors, scale)
+        multiply(tensors, min(1.0, self.max_norm / (total + EPSILON)))
         return update
+
+
+def multiply(tensors: Sequence[torch.Tensor], factor: float) -> None:
+    """In place; there may be none."""
+    import torch
+
+    if tensors and factor != 1.0:
+        torch._foreach_mul_(list(tensors), factor)
 
 
 def norm(tensors: Sequence[torch.Tensor]) -> float:

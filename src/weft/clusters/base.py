@@ -19,7 +19,7 @@ from weft.errors import Interrupted
 if TYPE_CHECKING:
     from weft.comm.link import Link
 
-PATIENCE_S = 1e7
+PATIENCE_S = 1e7  # of a call that another deadline than its own ends
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,11 @@ class Asked:
     call: LastCall | None = None
     began_s: float = 0.0
     ended_s: float | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """By a signal or a debugger."""
+        return self.state in ("T", "t")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Hang:
             return f"{who} said so first, in {_call(answer)}"
         if answer is None:
             return f"{who} gave no answer: its host, or the process that watches over it, cannot be reached"
-        if answer.state in ("T", "t"):
+        if answer.is_stopped:
             return f"{who} (process {answer.pid}) is {STATES[answer.state]}; its last call was {_call(answer)}"
         if answer.state in ("X", "Z"):
             return f"{who} had ended; its last call was {_call(answer)}"
@@ -182,7 +182,7 @@ class Hang:
             )
         if answer is None:
             return "see whether that host is up and reachable, and what its own log says."
-        if answer.state in ("T", "t"):
+        if answer.is_stopped:
             return (
                 f"find out who stopped process {answer.pid}: Ctrl-Z, a debugger, a paused container, a suspended machine. "
                 "If such pauses are to be survived, allow a longer --deadline."

@@ -203,7 +203,7 @@ class Driver:
         return failures
 
     def culprit(self, failures: Sequence[Failure]) -> Failure:
-        return culprit(failures, [m for m, answer in self.answers.items() if answer.state in ("T", "t")])
+        return culprit(failures, [m for m, answer in self.answers.items() if answer.is_stopped])
 
     # -- telling
 

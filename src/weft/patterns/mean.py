@@ -20,7 +20,7 @@ from weft.errors import TaskError
 from weft.patterns.base import NUM_COLUMNS, tail_numel
 from weft.patterns.compression import STATE, CompressedArena, check_momentum, make_arena, take_momentum, taken_velocity
 from weft.patterns.training import Arena, Exchange, Replica, flat_buffer
-from weft.update import Dense, Entry, Rows, Update
+from weft.update import Dense, Entry, Rows, Update, multiply
 
 if TYPE_CHECKING:
     from weft.patterns.base import Resume
@@ -99,8 +99,7 @@ class JoinedMean(Exchange):
         if not replica.joined:
             return update  # it drew nothing in this step
         self._check(replica.report.losses, [update.weight])
-        if (correction := replica.joined / update.weight) != 1.0:
-            torch._foreach_mul_(update.tensors(), correction)
+        multiply(update.tensors(), replica.joined / update.weight)
         return update
 
     def _join(self, update: Update) -> Update:
@@ -134,8 +133,7 @@ class JoinedMean(Exchange):
         if not all(present):
             self.arena.take_back(n for n, p in zip(self.position, present, strict=True) if not p)
         correction = replica.joined / sum(weights)  # 1 unless shares or the task's own counts are uneven
-        if correction != 1.0 and self.arena.sums:  # who holds the only copy of a part has none
-            torch._foreach_mul_(self.arena.sums, correction)
+        multiply(self.arena.sums, correction)  # who holds the only copy of a part has none
         self.running.take(correction)
         self.given = update if self.narrow else None
         return self._combined(update, correction, present)

@@ -89,8 +89,23 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+#: Of what an optimizer keeps, other workers can be told this.
+TOLD = torch.Tensor | int | float | str | None
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Incompatible where it keeps more than tensors and plain values."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, TOLD):
+                raise Incompatible(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} for each parameter: a layout that takes the model apart saves only "
+                    "tensors and plain values (numbers, words, None). Keep each tensor under a key of its own, or use --pattern allreduce."
+                )
+
+
 def plain(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor | int | float | str | None):
+    if not isinstance(value, TOLD):  # it was not there after the first step, which check_state saw
         raise Incompatible(
             f"an optimizer keeps a {type(value).__name__} for a parameter: a layout that takes the model apart saves only tensors and plain values."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -90,14 +89,15 @@ def at_least_s(facts: PipelineFacts) -> float:
     return sequential_s(costs, facts.microbatches) if facts.recurrent else 0.0
 
 
-def cost_of(item: ItemFact, state_bytes: float = 0.0) -> Cost:
+def cost_of(item: ItemFact, state_bytes: float = 0.0, computed: float = 1.0, kept: float = 1.0) -> Cost:
+    """``computed``, ``kept``: the part of its seconds and of its activations that one worker has."""
     return Cost(
-        forward_s=item.forward_s,
-        input_gradient_s=item.input_gradient_s,
-        weight_gradient_s=item.weight_gradient_s,
-        split_s=item.split_s,
+        forward_s=computed * item.forward_s,
+        input_gradient_s=computed * item.input_gradient_s,
+        weight_gradient_s=computed * item.weight_gradient_s,
+        split_s=computed * item.split_s,
         output_bytes=item.output_bytes,
-        activation_bytes=item.activation_bytes,
+        activation_bytes=kept * item.activation_bytes,
         state_bytes=state_bytes,
     )
 
@@ -220,18 +220,8 @@ class Known:
 
     @property
     def costs(self) -> list[Cost]:
-        whole = [cost_of(item, state) for item, state in zip(self.pipeline.items, self.state, strict=True)]
-        return [
-            dataclasses.replace(
-                cost,
-                forward_s=self.computed * cost.forward_s,
-                input_gradient_s=self.computed * cost.input_gradient_s,
-                weight_gradient_s=self.computed * cost.weight_gradient_s,
-                split_s=self.computed * cost.split_s,
-                activation_bytes=self.kept * cost.activation_bytes,
-            )
-            for cost in whole
-        ]
+        states = zip(self.pipeline.items, self.state, strict=True)
+        return [cost_of(item, state, self.computed, self.kept) for item, state in states]
 
     def costs_of(self, stages: Sequence[range]) -> list[list[Cost]]:
         """By time chunk, by stage."""

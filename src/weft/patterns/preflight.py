@@ -31,8 +31,8 @@ from weft.patterns.elementwise import ELEMENTWISE
 from weft.patterns.feeds import is_stateful, length_of, name_of, readable
 from weft.patterns.late import why_not
 from weft.patterns.metrics import Totals, evaluate_batch, evaluating
+from weft.patterns.optimizer_state import check_state
 from weft.patterns.randomness import host_state_kept, seed_everything
-from weft.patterns.rehearsal import check_state
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
 from weft.usage import memory_left

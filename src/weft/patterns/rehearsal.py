@@ -92,17 +92,6 @@ def drawn_like(part: Tensor) -> Tensor:
     )
 
 
-def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Incompatible where what it keeps is more than tensors and plain values: other workers could not be told of it."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if not isinstance(value, Tensor | int | float | str | None):
-                raise Incompatible(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} for each parameter: a layout that takes the model apart saves only "
-                    "tensors and plain values (numbers, words, None). Keep each tensor under a key of its own, or use --pattern allreduce."
-                )
-
-
 #: What is asked about a parameter is the same of its parts.
 ABOUT = ASKS | {
     *(Tensor.numel, Tensor.nelement, Tensor.size, Tensor.stride, Tensor.dim, Tensor.ndimension, Tensor.element_size),
@@ -126,36 +115,29 @@ def check_uses(task: Task, model: nn.Module, loss: Callable[[], Tensor], stays: 
             )
     blocks = find_blocks(task, model)
     inner = {id(m): name for name, block in reversed(blocks.items()) for m in block.modules()}
-    first: dict[int, tuple[str, str]] = {}  # of each parameter, a name and the block it is in
+    found: dict[int, tuple[str, str]] = {}  # of each parameter, its name and the block that gathers it
     for prefix, module in model.named_modules():
+        unit = inner.get(id(module), "")
         for last, p in module.named_parameters(prefix, recurse=False):
-            name, block = first.setdefault(id(p), (last, inner.get(id(module), "")))
-            if block != inner.get(id(module), ""):
+            name, home = found.setdefault(id(p), (last, unit))
+            if home != unit:
                 raise TaskError(
                     f"{who}'s model uses one parameter in two parts that are gathered at different times: {name!r} and {last!r}. Make one block of them (the "
                     "task's blocks(model)), or use --pattern allreduce, tensor or pipeline."
                 )
-    units: dict[str, nn.Module] = {**blocks, "": model}
-    home: dict[
-        int, str
-    ] = {}  # of a parameter, the unit that gathers it: the first that holds it, blocks before the rest
-    for unit, module in units.items():
-        for p in module.parameters():
-            home.setdefault(id(p), unit)
     inside: set[str] = set()
     handles = []
-    for unit, module in units.items():
+    for unit, module in {**blocks, "": model}.items():
         handles.append(module.register_forward_pre_hook(lambda *_, unit=unit: inside.add(unit), prepend=True))
         if unit and not stays:  # what belongs to no block stays gathered after the model's forward
             handles.append(module.register_forward_hook(lambda *_, unit=unit: inside.discard(unit), always_call=True))
-    names = {id(p): n for n, p in model.named_parameters()}
 
     class Uses(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func not in ABOUT:
                 for t in tree_flatten((args, kwargs))[0]:
-                    if id(t) in names and home[id(t)] not in inside:
-                        raise TaskError(outside(who, names[id(t)], home[id(t)], func))
+                    if (at := found.get(id(t))) is not None and at[1] not in inside:
+                        raise TaskError(outside(who, *at, func))
             return func(*args, **(kwargs or {}))
 
     try:

@@ -48,7 +48,7 @@ from weft.patterns.pipelining import PipelineWork, move_away
 from weft.patterns.split import SplitPattern
 from weft.patterns.stages import LOOKS
 from weft.patterns.training import Arena, Replica, first_names
-from weft.update import ClipNorm, Dense, Update, norm
+from weft.update import ClipNorm, Dense, Update, multiply, norm
 from weft.usage import leave_no_gaps
 
 if TYPE_CHECKING:
@@ -454,8 +454,8 @@ class SplitMean(JoinedMean):
             entry = update.entries.get(name)
             own = entry.tensor if isinstance(entry, Dense) else placed(torch.zeros_like(local(p)), p)
             grads[name] = placed(views[name], own) if views else own
-        if correction != 1.0 and not views and grads:
-            torch._foreach_mul_([local(grad) for grad in grads.values()], correction)
+        if not views:
+            multiply([local(grad) for grad in grads.values()], correction)
         for clip in replica.chain:
             if isinstance(clip, ClipNorm):
                 clip.norm = self._norm(grads)

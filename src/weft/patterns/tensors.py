@@ -124,8 +124,7 @@ def _by_head(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return value
         if isinstance(value, DTensor):
             cut = [p if isinstance(p, Replicate) or of_each(value, p.dim) else Replicate() for p in at]
-            value = value.redistribute(mesh, cut).to_local()
-            return value
+            return value.redistribute(mesh, cut).to_local()
         for axis, p in enumerate(at):
             if not isinstance(p, Replicate) and of_each(value, p.dim):
                 value = value.chunk(mesh.size(axis), p.dim)[mesh.get_local_rank(axis)]
