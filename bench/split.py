@@ -100,7 +100,7 @@ MEDIUM = Setup("medium", 8, 2, 8)
 SLOW = Setup("medium", 8, 1, 5)
 #: With --quick.
 SMALL = Setup("small", 8, 1, 3)
-SMALL_MEMORY = Setup("medium", 4, 0, 3, seq_len=16)
+SMALL_MEMORY = Setup("small", 4, 0, 2, seq_len=16)
 
 
 class Ours(NamedTuple):
@@ -137,7 +137,7 @@ def main() -> None:
     if "step" in args.only:
         figures |= steps(SMALL if args.quick else MEDIUM, rounds, ["1f1b"] if args.quick else list(WAYS), samples, say)
     if "schedules" in args.only:
-        among = ["1f1b", "zbv"] if args.quick else names()
+        among = ["zbv"] if args.quick else names()
         figures |= schedules(SMALL if args.quick else MEDIUM, rounds, among, samples, say)
     if "slowlink" in args.only and not args.quick:
         if reason := why_not():
