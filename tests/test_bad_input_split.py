@@ -202,6 +202,30 @@ class Mlp(nn.Module):
         return self.down(self.between(torch.tanh(self.up(x))))
 
 
+class Centred(nn.Module):
+    """Between its pairs it needs all of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.end = nn.ModuleList(Pairwise() for _ in range(2)), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), 2, 3)
+        for block in self.blocks:
+            x = block(x)
+        return self.end(x.mean(1))
+
+
+class Pairwise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(torch.tanh(self.up(x)))
+        return x - x.mean(1, keepdim=True)
+
+
 class Planned(Of):
     def __init__(self, net: Callable[[], nn.Module], **styles: str) -> None:
         super().__init__(net)
@@ -276,6 +300,10 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "no pair": (Of(lambda: nn.Linear(6, 1)), T2, 2, Incompatible, "no Linears that feed one another .*: use --pattern sharded"),
     "norm in a pair": (Of(lambda: Mlp(8, nn.BatchNorm1d(8))), T2, 2, Incompatible, "up stays whole, for buffer between.0.running_mean between them would not be"),
     "norm in a plan": (Planned(lambda: Mlp(8, nn.BatchNorm1d(8)), up="column", down="row"), T2, 2, Incompatible, "leave out the Linears round it"),
+    # the sequence
+    "no pair in a block": (Of(lambda: nn.Sequential(Mlp(16), Block())), weft.Tensor(sequence=True), 2, Incompatible, "sequence=true: no pair of Linears within the blocks"),
+    "no parts between": (Of(Centred), weft.Tensor(sequence=True), 2, Incompatible, "between its pairs of Linears, Of's model calls aten.mean.dim.*Leave sequence=true out"),
+    "one worker": (Of(Centred), weft.Tensor(sequence=True), 1, Incompatible, "sequence=true with one worker: nothing is in parts. Use --workers 2"),
     # blocks
     "no blocks": (Of(lambda: nn.Linear(6, 1)), P2, 2, Incompatible, "has no blocks that run one after the other.* give the task blocks"),
     "looks at numbers": (Of(Looks), P2, 2, TaskError, "before the end of block 'blocks.3', .* looks at numbers .*__bool__.*after the last block"),
@@ -321,8 +349,9 @@ def test_is_refused_with_the_cure(bad: str) -> None:
         (Of(Row), Pipeline(microbatches=1), 24),
         (Of(lambda: Row(Rectified)), P2, 24),
         (Of(lambda: Returns(lambda x, _: (x, x), lambda d: d[0])), P2, 24),
+        (Of(lambda: Returns(lambda x, _: (x, None), lambda d: d[0])), P2, 24),
     ],
-    ids=["batch of one each", "uneven", "one micro-batch", "in place within a block", "tuple"],
+    ids=["batch of one each", "uneven", "one micro-batch", "in place within a block", "tuple", "tuple with None"],
 )
 def test_what_can_be_is_not(task: weft.Task, pattern: Pattern, batch: int) -> None:
     prepare(task, pattern, 4 if isinstance(pattern, Mesh) else 2, batch)

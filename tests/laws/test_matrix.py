@@ -40,6 +40,9 @@ LAYOUTS: dict[str, tuple[Pattern, int]] = {
     "tensor-2": (Tensor(), 2),
     "data x tensor": (Mesh(data=2, tensor=2), 4),
     "tensor x pipeline": (Mesh(tensor=2, pipeline=2), 4),
+    "tensor-2 by sequence": (Tensor(sequence=True), 2),
+    "sharded x tensor by sequence": (Mesh(sharded=2, tensor=2, sequence=True), 4),
+    "tensor x pipeline by sequence": (Mesh(tensor=2, pipeline=2, sequence=True), 4),
     **{f"pipeline-2 {name}": (Pipeline(schedule=name), 2) for name in names()},
     **{f"pipeline-4 {name}": (Pipeline(schedule=name), 4) for name in names()},
 }

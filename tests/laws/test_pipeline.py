@@ -41,7 +41,7 @@ def train(path: Path, task: weft.Task, pattern: Pattern, workers: int, **setting
 
 
 class Masked(Regression):
-    """Something made of the batch alone is used in all stages; a block returns two tensors; a last micro-batch is smaller."""
+    """Something made of the batch alone is used in all stages; a block returns two tensors and a None; a last micro-batch is smaller."""
 
     def model(self) -> nn.Module:
         return MaskedNet()
@@ -52,8 +52,8 @@ class Two(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.a(x)) * mask, torch.tanh(self.b(y)) + x
+    def forward(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return torch.tanh(self.a(x)) * mask, torch.tanh(self.b(y)) + x, None
 
 
 class MaskedNet(nn.Module):
@@ -67,7 +67,7 @@ class MaskedNet(nn.Module):
         mask = (x.abs() < 2).to(x.dtype)
         x, y = x * self.scale, x
         for block in self.blocks:
-            x, y = block(x, y, mask)
+            x, y, _ = block(x, y, mask)
         return self.end((x + y) * self.scale)
 
 
@@ -92,7 +92,7 @@ class NoisyNet(MaskedNet):
         mask = (torch.rand_like(x) < 0.9).to(x.dtype)
         x, y = x * self.scale, x
         for block in self.blocks:
-            x, y = block(nn.functional.dropout(x, 0.2, self.training), y, mask)
+            x, y, _ = block(nn.functional.dropout(x, 0.2, self.training), y, mask)
         return self.end((x + y) * self.scale)
 
 

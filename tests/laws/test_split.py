@@ -84,6 +84,31 @@ def test_equals_one_process_on_the_joined_batch(tmp_path: Path, layout: str, opt
     assert distance(train(tmp_path / "run", Wide(optimizer), *LAYOUTS[layout]), truth) <= EQUAL
 
 
+class Reads(Regression):
+    """What is in parts, as a number: it is that of the whole, on every worker."""
+
+    def model(self) -> nn.Module:
+        return ReadsNet()
+
+    def tensor_plan(self, model: nn.Module) -> dict[str, str]:
+        return {"up": "column", "down": "row"}  # found by itself, the pair would stay whole, for this exchange
+
+
+class ReadsNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.up(x))
+        return self.down(h / (1 + h.detach().pow(2).mean().item()) if h.abs().sum() > 0 else h)
+
+
+def test_numbers_that_code_reads_are_of_the_whole(tmp_path: Path) -> None:
+    truth = train_plainly(Reads(), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path / "run", Reads(), *T2), truth) <= EQUAL
+
+
 class Counted(Ragged, Wide):
     """Weights are numbers of the task's own, not of examples."""
 

@@ -17,6 +17,7 @@ from weft.comm.torch_backend import process_groups
 from weft.patterns import tensors
 from weft.patterns.base import TensorFacts
 from weft.patterns.batches import Batches
+from weft.patterns.blocks import find_blocks
 from weft.patterns.rehearsal import Rehearsal
 from weft.tasks.codelm import CodeLM
 
@@ -88,13 +89,34 @@ def test_random_numbers_are_a_part_of_what_one_process_draws(mesh: DeviceMesh) -
     assert torch.equal(F.dropout(everywhere, 0.5).to_local(), truth)
 
 
+DRAWN = {
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randint_like": lambda t: torch.randint_like(t, 100),
+    "exponential_": lambda t: torch.empty_like(t).exponential_(),
+    "uniform_": lambda t: torch.empty_like(t).uniform_(),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_so_are_those_that_are_drawn_by_shape(mesh: DeviceMesh, kind: str) -> None:
+    torch.manual_seed(5)
+    truth, after = DRAWN[kind](torch.ones(3, 9)), torch.rand(1)
+    torch.manual_seed(5)
+    uneven = DTensor.from_local(torch.ones(3, 5), mesh, [Shard(1)], run_check=False, shape=truth.shape, stride=(9, 1))
+    assert torch.equal(DRAWN[kind](uneven).to_local(), truth[:, :5])
+    assert torch.equal(torch.rand(1), after)
+
+
 # -- what is found
 
 
-def learned(task: weft.Task, examples: int = 4) -> TensorFacts:
+def learned(task: weft.Task, examples: int = 4, by_sequence: bool = False) -> TensorFacts:
     model, (train, _) = task.model(), task.data()
     batch = Batches(train, task, torch.device("cpu"), torch.float32)(np.arange(examples))
-    return tensors.learn(task, model, batch, DEGREE)
+    blocks = list(find_blocks(task, model))
+    asked = tensors.BySequence(blocks, blocks[-1:], batch) if by_sequence else None
+    return tensors.learn(task, model, batch, DEGREE, asked)
 
 
 def test_of_a_transformer_attention_and_mlp_are_cut() -> None:
@@ -103,6 +125,22 @@ def test_of_a_transformer_attention_and_mlp_are_cut() -> None:
     kinds = {"qkv": "column", "out": "row", "up": "column", "down": "row"}
     assert cut == {f"blocks.{k}.{name}": style for k in range(2) for name, style in kinds.items()}
     assert facts.degree == DEGREE
+
+
+def test_by_the_sequence_hardly_more_travels_and_less_is_kept() -> None:
+    task = CodeLM(size="small", layers=2, seq_len=32, test_windows=8)
+    whole, parts = learned(task), learned(task, by_sequence=True)
+    assert parts.styles == whole.styles
+    assert parts.spread == [f"blocks.{k}.{name}" for k in range(2) for name in ("out", "down")]
+    assert parts.joined == ["blocks.1"]
+    norms = {f"blocks.{k}.norm{j}.{name}" for k in range(2) for j in (1, 2) for name in ("weight", "bias")}
+    assert norms <= set(parts.within)
+    once = 4 * 32 * 256 * 4  # bytes of: examples, bytes of text, numbers each, in float32
+    # an all-reduce of n bytes is a reduce-scatter of n and a gather of two halves; where parts begin, gradients are made whole
+    travels = parts.exchanged + parts.scattered / 2 + parts.gathered
+    assert travels == pytest.approx(whole.exchanged + once, rel=0.02)
+    # of what four norms are given, all but the first's
+    assert whole.activation_bytes - parts.activation_bytes == pytest.approx(1.5 * once, rel=0.02)
 
 
 class Masked(CodeLM):
@@ -135,3 +173,29 @@ def test_attention_with_a_mask_is_cut() -> None:
         "v": "column",
         "o": "row",
     }
+
+
+class NormedHeads(Masked):
+    """A norm of each head's queries and keys, whose weights all workers have whole (Dehghani et al. 2023)."""
+
+    def model(self) -> nn.Module:
+        return NormedHeadsNet()
+
+
+class NormedHeadsNet(MaskedNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.norm(q), self.norm(k), v, is_causal=True)
+        return self.head(self.o(y.transpose(1, 2).reshape(b, t, 32)))
+
+
+def test_a_sum_that_is_made_once_a_step_keeps_no_pair_whole() -> None:
+    facts = learned(NormedHeads(size="small", seq_len=16, test_windows=8))
+    assert facts.styles["q"] == "column"
+    assert facts.within == ["norm.weight", "norm.bias"]

@@ -74,12 +74,19 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
     parameters: list[str]  # those that are cut
     within: list[str] = []  # whole ones whose gradients come in parts, or as sums that are still to be made
     exchanged: int  # bytes that a step all-reduces, forward and backward, for one share
+    gathered: int = 0  # of one worker's parts, bytes that it gathers
+    scattered: int = 0  # bytes of whose sums each worker keeps its part
     exchanges: int
     degree: int = 1  # workers over which they were cut
     compute_s: float = 0.0  # of forward and backward on one of these, alone, for one share; 0: nobody asked
     activation_bytes: int  # on one worker, for one share
     left: dict[str, str] = {}  # large modules that stay whole, and why
     parted: list[str] = []  # blocks whose result is in parts: no pipeline can be cut after them
+    spread: list[
+        str
+    ] = []  # rows whose result each worker has a part of, by the last dimension but one (the sequence's)
+    entered: list[str] = []  # blocks that may be given what is whole, and go on with parts
+    joined: list[str] = []  # blocks after which it is whole again
 
     def in_words(self) -> list[str]:
         """For the plan."""
@@ -93,6 +100,10 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
             "head": "head cut by classes",
         }
         result = [f"{words[style]}: {summed_up(names)}" for style, names in by_style.items()]
+        if self.spread:
+            result.append(
+                f"cut by the sequence, from row to column: what {summed_up(self.spread)} make; whole again after {summed_up(self.joined)}"
+            )
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)
@@ -116,7 +127,7 @@ class PipelineFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     items: list[ItemFact]
     uses: dict[str, list[int]]  # at which items each parameter and buffer is used
-    made_of: list[Any]  # by block: what it returns, a tensor (0) or a list of such
+    made_of: list[Any]  # by block: what it returns, as stages.made_of tells it
     loss_aside: bool = False  # the task's evaluate does not give the loss: it takes a pass of its own
     examples: int  # of a micro-batch as it was measured
     microbatches: int = 0  # of a share

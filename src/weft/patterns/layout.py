@@ -15,6 +15,10 @@ from weft.errors import ConfigError
 
 DATA, PIPELINE, SHARDED, TENSOR = "data", "pipeline", "sharded", "tensor"
 AXES = (DATA, PIPELINE, SHARDED, TENSOR)  # outermost first
+#: An option of patterns that cut tensors.
+SEQUENCE = {
+    "doc": "with tensor: what is between its pairs is in parts, too, each worker's a piece of the sequence: less memory for activations, more exchanges"
+}
 
 
 @dataclass(frozen=True)

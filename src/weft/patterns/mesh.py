@@ -12,7 +12,7 @@ from typing import ClassVar
 from weft.codecs.spec import NONE
 from weft.errors import Incompatible
 from weft.patterns.copies import COMPRESS, check_codec
-from weft.patterns.layout import AXES, Layout
+from weft.patterns.layout import AXES, SEQUENCE, Layout
 from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
 from weft.patterns.split import SplitPattern
 
@@ -39,6 +39,7 @@ class Mesh(SplitPattern):
         default=True,
         metadata={"doc": "with sharded: let a block go between forward and backward: less memory, more travels"},
     )
+    sequence: bool = field(default=False, metadata=SEQUENCE)
 
     schedule: str = field(default="auto", metadata=SCHEDULE)
     microbatches: int = field(default=0, metadata=MICROBATCHES)
@@ -52,6 +53,10 @@ class Mesh(SplitPattern):
         for axis in AXES:
             self._at_least_one(axis, "nothing on this axis")
         check_codec(self.compress, "data", self.data)
+        if self.sequence and self.tensor == 1:
+            raise Incompatible(
+                "sequence=true is of tensors that are cut, and tensor=1 cuts none: add -o tensor=2, or leave it out."
+            )
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
         elif self.pipelined._replace(tensor=1) != Pipelined():
@@ -80,3 +85,7 @@ class Mesh(SplitPattern):
     @property
     def gathers_twice(self) -> bool:
         return self.reshard
+
+    @property
+    def spreads(self) -> bool:
+        return self.sequence

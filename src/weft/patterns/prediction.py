@@ -48,6 +48,8 @@ def scaled(facts: Facts, examples: float) -> Facts:
         tensor = replace(
             tensor,
             exchanged=round(examples * tensor.exchanged),
+            gathered=round(examples * tensor.gathered),
+            scattered=round(examples * tensor.scattered),
             compute_s=examples * tensor.compute_s,
             activation_bytes=round(examples * tensor.activation_bytes),
         )

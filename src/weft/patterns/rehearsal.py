@@ -26,25 +26,38 @@ STEPS = 2  # some make their state in the first, and use it in the second
 class Rehearsal(SoloLink):
     """One of ``world`` ranks, of which the others are thought: it counts what would travel."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, rank: int = 0) -> None:
         super().__init__()
-        self.world = world
-        self.calls, self.nbytes = 0, 0
+        self.rank, self.world = rank, world
+        self.forget()
 
-    def _count(self, tensors: Sequence[Tensor]) -> None:
-        self.calls += 1
-        self.nbytes += sum(t.numel() * t.element_size() for t in tensors)
+    def forget(self) -> None:
+        self.calls = 0
+        self.reduced = self.gathered = self.scattered = (
+            0  # bytes: of a sum, of this rank's part, of what each keeps a part of
+        )
 
     def all_reduce(self, buffers: Sequence[Tensor], op: Op = "sum") -> None:
-        self._count(buffers)
+        self.calls += 1
+        self.reduced += sum(t.nbytes for t in buffers)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        self._count([tensor])
+        self.calls += 1
+        self.gathered += tensor.nbytes
         return [tensor.detach().clone() for _ in range(self.world)]
+
+    def all_gather_into(self, whole: Tensor, mine: Tensor) -> None:
+        for row, part in zip(whole, self.all_gather(mine), strict=True):
+            row.copy_(part)
+
+    def reduce_scatter(self, mine: Tensor, given: Tensor) -> None:
+        self.calls += 1
+        self.scattered += given.nbytes
+        mine.copy_(given[self.rank])
 
 
 def one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def check_optimizer_of_parts(task: Task, model: nn.Module, degree: int) -> None:

@@ -129,6 +129,11 @@ class SplitPattern(Pattern):
         return True
 
     @property
+    def spreads(self) -> bool:
+        """Activations between tensors that are cut are in parts, too."""
+        return False
+
+    @property
     def pipelined(self) -> Pipelined:
         return Pipelined()
 
@@ -256,9 +261,16 @@ class SplitPattern(Pattern):
 
             check_uses(task, model, lambda: task.loss(model, batch(share)), stays=not self.gathers_twice)
         if layout.tensor > 1:
-            from weft.patterns.tensors import learn
+            from weft.patterns.tensors import BySequence, learn
 
-            learned["tensor"] = learn(task, model, batch(share), layout.tensor)
+            if self.spreads and not blocks:
+                raise Incompatible(
+                    f"sequence=true: {type(task).__name__}'s model has no blocks after which activations become whole again: give the task blocks(model), or "
+                    "leave sequence=true out."
+                )
+            ends = list(blocks) if layout.pipeline > 1 else list(blocks)[-1:]  # a stage passes on what is whole
+            by_sequence = BySequence(list(blocks), ends, held_out) if self.spreads else None
+            learned["tensor"] = learn(task, model, batch(share), layout.tensor, by_sequence)
         if layout.pipeline > 1:
             from weft.patterns.stages import learn as learn_stages
             from weft.patterns.stages import least_examples
@@ -390,7 +402,11 @@ class SplitPattern(Pattern):
         sent = {WORLD: Traffic(bytes_for(8 * tail_numel(layout.world, len(trained)) + running, layout.world), 1)}
         if layout.tensor > 1:
             assert facts.tensor is not None
-            sent[TENSOR] = Traffic(bytes_for(facts.tensor.exchanged, layout.tensor), facts.tensor.exchanges)
+            cut = facts.tensor
+            nbytes = bytes_for(cut.exchanged, layout.tensor) if cut.exchanged else 0
+            nbytes += all_gather_bytes(carrier, cut.gathered, layout.tensor) if cut.gathered else 0
+            nbytes += reduce_scatter_bytes(carrier, cut.scattered, layout.tensor, bytes_for) if cut.scattered else 0
+            sent[TENSOR] = Traffic(nbytes, cut.exchanges)
         if (size := layout.sharded) > 1:
             times = 2 if self.gathers_twice else 1
             inside = self._held(facts, layout, facts.params, blocks=True) * size
@@ -450,10 +466,12 @@ class SplitPattern(Pattern):
             return
         changes = [{}, *({name: n // 2} for name, n in vars(self).items() if name in DEGREES and n and n % 2 == 0)]
         for change in changes:
+            if change.get(TENSOR) == 1 and self.spreads:
+                change = {**change, "sequence": False}
             with contextlib.suppress(ConfigError):
                 pattern = dataclasses.replace(self, **change)
                 pattern.layout(workers // 2)
-                options = "".join(f" -o {name}={n}" for name, n in change.items())
+                options = "".join(f" -o {name}={str(value).lower()}" for name, value in change.items())
                 yield pattern, workers // 2, f"--workers {workers // 2}{options}"
 
     def _stepped(self, facts: Facts, layout: Layout, chosen: Chosen | None) -> float:

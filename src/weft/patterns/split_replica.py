@@ -149,7 +149,7 @@ class SplitReplica(Replica):
         mesh = self._make_mesh()
         if self.layout.tensor > 1:
             assert self.ctx.facts.tensor is not None
-            tensors.cut(model, self.ctx.facts.tensor.styles, mesh[TENSOR], lambda module: self._give(later, module))
+            tensors.cut(model, self.ctx.facts.tensor, mesh[TENSOR], lambda module: self._give(later, module))
         if self.layout.sharded > 1:
             self._shard(model, mesh, later)
         else:
@@ -244,6 +244,8 @@ class SplitReplica(Replica):
             # of an embedding whose rows are cut, and of what is used within a pair, torch leaves a sum that is still to be made
             if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
                 p.grad = p.grad.redistribute(placements=p.placements)
+            elif isinstance(p.grad, DTensor) and not isinstance(p, DTensor):  # it was not used in the rehearsal
+                p.grad = whole(p.grad)
         if self.work is not None:
             self._join_tied()
         return done

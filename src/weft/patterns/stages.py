@@ -255,22 +255,28 @@ def tensors_of(made: Any) -> list[Tensor]:
 
 
 def rebuilt(made_of: Any, tensors: Sequence[Tensor]) -> Any:
-    """``made_of``: 0, a tensor; a list, a tuple of such."""
+    """``made_of``: as of the function of that name."""
     left = iter(tensors)
 
     def build(of: Any) -> Any:
-        return tuple(build(each) for each in of) if of else next(left)
+        if isinstance(of, list):
+            return tuple(build(each) for each in of)
+        return next(left) if of == TENSOR else None
 
     return build(made_of)
 
 
+TENSOR, NOTHING = 0, -1
+
+
 def made_of(made: Any) -> Any:
-    """None: neither a tensor nor a plain tuple of such, as which it would come out of a cut."""
+    """TENSOR, or a list of what a plain tuple is made of, NOTHING for a None in it. None: anything else, as which it would not come out of a cut."""
     if isinstance(made, Tensor):
-        return 0
-    if type(made) is tuple and made and None not in (parts := [made_of(each) for each in made]):
-        return parts
-    return None
+        return TENSOR
+    if type(made) is not tuple or not tensors_of(made):
+        return None
+    parts = [NOTHING if each is None else made_of(each) for each in made]
+    return None if None in parts else parts
 
 
 def kind_of(made: Any) -> str:
@@ -412,7 +418,7 @@ def learn(
         if kinds[-1] is None:
             raise Incompatible(
                 f"block {cuts.names[k]!r} of {who}'s model returns a {kind_of(made)}: a pipeline passes on a tensor, or a plain tuple of tensors. "
-                "Return that, or choose other blocks by the task's blocks(model)."
+                "Return that (a tuple may hold a None), or choose other blocks by the task's blocks(model)."
             )
         uses.passes(k, made)
         return made

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from weft.errors import ConfigError
-from weft.patterns.layout import Layout
+from weft.errors import ConfigError, Incompatible
+from weft.patterns.layout import SEQUENCE, Layout
 from weft.patterns.split import SplitPattern
 
 
@@ -29,11 +29,16 @@ class Tensor(SplitPattern):
     }
 
     degree: int | None = field(default=None, metadata={"doc": "workers that hold each tensor together; all of them"})
+    sequence: bool = field(default=False, metadata=SEQUENCE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.degree is not None:
             self._at_least_one("degree", "nothing is cut")
+
+    @property
+    def spreads(self) -> bool:
+        return self.sequence
 
     def layout(self, workers: int) -> Layout:
         if self.degree not in (None, workers):
@@ -43,4 +48,6 @@ class Tensor(SplitPattern):
                 if self.degree < workers
                 else f"degree={self.degree} needs as many workers, and there are {workers}: use --workers {self.degree}."
             )
+        if self.sequence and workers == 1:
+            raise Incompatible("sequence=true with one worker: nothing is in parts. Use --workers 2, or leave it out.")
         return Layout(tensor=workers)

@@ -5,7 +5,7 @@ of an attention) is each worker's own and one all-reduce follows (Shoeybi et al.
 own code sees the whole shape, and torch refuses, or exchanges, where that code needs more than a worker has. The rehearsal counts these exchanges:
 a pair that needs more than its own is not cut, or refused.
 
-The one place that knows torch's styles, its way to register an operation, and what it lacks on CPUs. tests/patterns/test_tensors.py holds it to that.
+The one place that knows torch's styles. tests/patterns/test_tensors.py holds it to that.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -37,11 +38,12 @@ from weft.comm.torch_backend import process_groups
 from weft.errors import CommError, Incompatible, TaskError, WeftError
 from weft.patterns.base import TensorFacts
 from weft.patterns.blocks import find_blocks
+from weft.patterns.by_sequence import BetweenPairs, keep_in_parts
+from weft.patterns.dtensor_ops import as_another_rank
+from weft.patterns.metrics import evaluating
 from weft.patterns.rehearsal import Rehearsal, one_line
 from weft.patterns.saved import SavedBytes
 from weft.task import Task
-
-aten = torch.ops.aten
 
 COLUMN: Final = "column"
 ROW: Final = "row"
@@ -56,10 +58,10 @@ FUSED = (1, 2, 3)  # projections that one Linear may hold: up and gate, query an
 
 
 def cut(
-    model: nn.Module, styles: Mapping[str, str], mesh: DeviceMesh, before: Callable[[nn.Module], None] | None = None
+    model: nn.Module, facts: TensorFacts, mesh: DeviceMesh, before: Callable[[nn.Module], None] | None = None
 ) -> None:
-    """Parameters of these modules become DTensors, each worker's a part of what it has. Tied ones stay tied. ``before``: hears of each
-    module that is about to be cut."""
+    """Parameters of modules that have a style become DTensors, each worker's a part of what it has. Tied ones stay tied. ``before``: hears of
+    each module that is about to be cut."""
     sites: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -67,10 +69,12 @@ def cut(
     # found before any is replaced
     tied = [each for each in sites.values() if len(each) > 1]
     modules = dict(model.named_modules())
-    for name, style in styles.items():
+    for name, style in facts.styles.items():
         if before is not None:
             before(modules[name])
-        parallelize_module(modules[name], mesh, style_of(style), src_data_rank=None)
+        parallelize_module(modules[name], mesh, style_of(style, name in facts.spread), src_data_rank=None)
+    if facts.spread:
+        keep_in_parts(model, columns_of(facts), facts.entered, facts.joined, mesh)
     for (first, first_name), *others in tied:
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
@@ -91,7 +95,15 @@ def make_whole(
                 module._parameters[name] = made.setdefault(id(p), nn.Parameter(whole, requires_grad=p.requires_grad))
 
 
-def style_of(style: str) -> ParallelStyle:
+def columns_of(facts: TensorFacts) -> list[str]:
+    """What begins a pair, and what stands alone."""
+    return [name for name, style in facts.styles.items() if style != ROW]
+
+
+def style_of(style: str, spread: bool = False) -> ParallelStyle:
+    """``spread``: what a row makes is each worker's own by the last dimension but one."""
+    if style == ROW and spread:
+        return RowwiseParallel(output_layouts=Shard(-2), use_local_output=False)
     if style == ROW:
         return RowwiseParallel()
     if style == EMBEDDING:
@@ -107,61 +119,6 @@ def computing(facts: TensorFacts | None) -> Iterator[None]:
         if facts is not None and HEAD in facts.styles.values():
             inside.enter_context(loss_parallel())
         yield
-
-
-# -- what torch lacks on CPUs
-
-
-def _by_head(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Attention forward or backward, by examples (dim 0) and heads (dim 1), which are independent of each other. A mask may say the same for all of them."""
-    parts = [t for t in (*args, *kwargs.values()) if isinstance(t, DTensor)]
-    mesh, cuttable = parts[0].device_mesh, (Shard(0), Shard(1))
-    like = next((t for t in parts if any(p in cuttable for p in t.placements)), parts[0])
-    at = [p if p in cuttable else Replicate() for p in like.placements]
-
-    def part(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if isinstance(value, DTensor):
-            cut = [p if isinstance(p, Replicate) or of_each(value, p.dim) else Replicate() for p in at]
-            return value.redistribute(mesh, cut).to_local()
-        for axis, p in enumerate(at):
-            if not isinstance(p, Replicate) and of_each(value, p.dim):
-                value = value.chunk(mesh.size(axis), p.dim)[mesh.get_local_rank(axis)]
-        return value
-
-    made = op(*map(part, args), **{key: part(value) for key, value in kwargs.items()})
-    return tuple(DTensor.from_local(t, mesh, at, run_check=False) for t in made)
-
-
-def of_each(value: Tensor, dim: int) -> bool:
-    """It is another for each place of a dim: a mask may have fewer dims, or one that stands for all."""
-    return value.dim() > 2 and value.shape[dim] > 1
-
-
-for _attention in (
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-):
-    DTensor._op_dispatcher._custom_op_handlers[_attention] = _by_head  # type: ignore[assignment]
-
-
-def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Random numbers in place, the same as one process draws: each worker draws all and keeps its part. Generators stay alike."""
-    given = args[0]
-    drawn = op(torch.empty(given.shape, dtype=given.dtype, device=given.device), *args[1:], **kwargs)
-    part = drawn
-    at = given.device_mesh.get_coordinate()
-    for axis in reversed(range(given.device_mesh.ndim)):
-        placement = given.placements[axis]
-        if not placement.is_replicate():
-            part = part.chunk(given.device_mesh.size(axis), placement.dim)[at[axis]]
-    given.to_local().copy_(part)
-    return given
-
-
-for _op in (aten.bernoulli_.float, aten.uniform_.default, aten.normal_.default):
-    DTensor._op_dispatcher._custom_op_handlers[_op] = _drawn_whole  # type: ignore[assignment]
 
 
 # -- what to cut
@@ -190,23 +147,44 @@ class Pair:
         return f"{', '.join(self.columns)} and {self.row}"
 
 
-def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
+class BySequence(NamedTuple):
+    """Activations between pairs are to be in parts, too, until the end of the blocks that are ``joined``. ``held_out``: a batch to evaluate."""
+
+    blocks: list[str]
+    joined: list[str]
+    held_out: Any
+
+
+def learn(task: Task, model: nn.Module, batch: Any, degree: int, by_sequence: BySequence | None = None) -> TensorFacts:
     """How to cut this model over ``degree`` workers, and what a step then exchanges. Incompatible where nothing can be cut."""
-    left: dict[str, str] = {}
     before = {n: b.clone() for n, b in model.named_buffers()}
     calls = observe(task, model, batch)
     running = [n for n, b in model.named_buffers() if not torch.equal(b, before[n])]
     if asked := task.tensor_plan(model):
-        styles = check_plan(task, model, asked, degree)
-        try:
-            return rehearse(task, model, batch, styles, degree, left, timed=True, running=running)
-        except BufferLost as lost:
-            raise Incompatible(
-                f"{type(task).__name__}.tensor_plan cuts what writes to buffer {lost}, which would stay as it is: leave out the Linears round it."
-            ) from None
+        facts = as_planned(task, model, batch, asked, degree, running)
+    else:
+        facts = as_found(task, model, batch, calls, degree, running)
+    return facts if by_sequence is None else go_on_in_parts(task, model, batch, facts, by_sequence, running)
+
+
+def as_planned(
+    task: Task, model: nn.Module, batch: Any, asked: Mapping[str, str], degree: int, running: Sequence[str]
+) -> TensorFacts:
+    styles = check_plan(task, model, asked, degree)
+    try:
+        return rehearse(task, model, batch, styles, degree, {}, timed=True, running=running)
+    except BufferLost as lost:
+        raise Incompatible(
+            f"{type(task).__name__}.tensor_plan cuts what writes to buffer {lost}, which would stay as it is: leave out the Linears round it."
+        ) from None
+
+
+def as_found(
+    task: Task, model: nn.Module, batch: Any, calls: Sequence[Call], degree: int, running: Sequence[str]
+) -> TensorFacts:
+    left: dict[str, str] = {}
     pairs = find_pairs(calls)
-    styles = {}
-    facts: TensorFacts | None = None
+    styles: dict[str, str] = {}
     exchanges: dict[tuple[str, ...], int] = {}
     why_not: dict[tuple[str, ...], str] = {}
     for pair in pairs:
@@ -235,12 +213,44 @@ def learn(task: Task, model: nn.Module, batch: Any, degree: int) -> TensorFacts:
         )
     if ends:
         try:
-            facts = rehearse(task, model, batch, styles | ends, degree, left, timed=True)
+            return rehearse(task, model, batch, styles | ends, degree, left, timed=True)
         except WeftError:
             raise
         except Exception as error:  # whatever DTensor makes of a user's loss
             left |= {name: f"the loss does not compute with its part: {one_line(error)}" for name in ends}
-    return facts or rehearse(task, model, batch, styles, degree, left, timed=True)
+    return rehearse(task, model, batch, styles, degree, left, timed=True)
+
+
+def go_on_in_parts(
+    task: Task, model: nn.Module, batch: Any, facts: TensorFacts, by: BySequence, running: Sequence[str]
+) -> TensorFacts:
+    """``facts``: of what is cut without. Incompatible for what cannot go on in parts."""
+    who, inside = f"{type(task).__name__}'s model", tuple(f"{block}." for block in by.blocks)
+    rows = [name for name, style in facts.styles.items() if style == ROW and name.startswith(inside)]
+    if not rows:
+        why = "".join(f"; {name} stays whole, for {why}" for name, why in facts.left.items())
+        raise Incompatible(
+            f"sequence=true: no pair of Linears within the blocks of {who} is cut, so nothing goes on in parts{why}. Leave sequence=true out."
+        )
+    asked = replace(facts, spread=rows, entered=by.blocks, joined=by.joined)
+    try:
+        with as_another_rank():  # the last has the smallest part
+            rehearse_as(task, model, batch, asked, running=running, rank=facts.degree - 1, held_out=by.held_out)
+        return rehearse_as(task, model, batch, asked, running=running, timed=True)
+    except WeftError:
+        raise
+    except BufferLost as lost:
+        raise Incompatible(
+            f"sequence=true: {who} writes to buffer {lost} between its pairs, which would stay as it is. Leave sequence=true out."
+        ) from None
+    except Exception as error:  # whatever DTensor makes of the code between pairs
+        raise Incompatible(
+            f"sequence=true: torch does not compute what lies between the pairs of {who} in parts of the sequence ({one_line(error)}). Leave sequence=true out."
+        ) from error
+
+
+def watched(task: Task, model: nn.Module, facts: TensorFacts) -> BetweenPairs:
+    return BetweenPairs(type(task).__name__, model, facts.spread, columns_of(facts), facts.joined)
 
 
 def without_numbers(name: str) -> str:
@@ -394,60 +404,80 @@ def rehearse(
     timed: bool = False,
     running: Sequence[str] = (),
 ) -> TensorFacts:
-    """A step of one of ``degree`` workers, alone. Raises what torch raises where the model's code does not go with a cut, and BufferLost for one of
-    ``running``, which a step writes to."""
+    asked = TensorFacts(
+        styles=dict(styles), parameters=[], exchanged=0, exchanges=0, degree=degree, activation_bytes=0, left=dict(left)
+    )
+    return rehearse_as(task, model, batch, asked, timed=timed, running=running)
+
+
+def rehearse_as(
+    task: Task,
+    model: nn.Module,
+    batch: Any,
+    facts: TensorFacts,
+    *,
+    timed: bool = False,
+    running: Sequence[str] = (),
+    rank: int = 0,
+    held_out: Any = None,
+) -> TensorFacts:
+    """A step of one of the workers that ``facts`` are for, alone; then an evaluation, if ``held_out`` is given. Raises what torch raises where the
+    model's code does not go with a cut, and BufferLost for one of ``running``, which a step writes to. ``timed``: all is measured, else only
+    exchanges within the step."""
     model = copy.deepcopy(model)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    link = Rehearsal(degree)
+    link = Rehearsal(facts.degree, rank)
     with process_groups(link):
-        cut(model, styles, init_device_mesh("cpu", (degree,), mesh_dim_names=("tensor",)))
-        facts = TensorFacts(
-            styles=dict(styles),
-            parameters=[
-                n
-                for n, p in model.named_parameters()
-                if isinstance(p, DTensor) and any(at.is_shard() for at in p.placements)
-            ],
-            exchanged=0,
-            exchanges=0,
-            activation_bytes=0,
-            left=dict(left),
-        )
+        cut(model, facts, init_device_mesh("cpu", (facts.degree,), mesh_dim_names=("tensor",)))
+        parameters = [
+            n
+            for n, p in model.named_parameters()
+            if isinstance(p, DTensor) and any(at.is_shard() for at in p.placements)
+        ]
         parted = note_parted(find_blocks(task, model))
+        watch = watched(task, model, facts) if facts.spread else nullcontext()
         saved = SavedBytes(model)
-        link.calls = link.nbytes = 0
+        link.forget()
 
-        def step(watch: AbstractContextManager[Any]) -> None:
+        def step(*watch: AbstractContextManager[Any]) -> None:
             model.zero_grad(set_to_none=True)
             with computing(facts):
-                with watch:
+                with ExitStack() as inside:
+                    for each in watch:
+                        inside.enter_context(each)
                     loss = task.loss(model, batch)
                 loss = loss.full_tensor() if isinstance(loss, DTensor) else loss
                 if loss.dim():
                     raise CommError(f"the loss has shape {tuple(loss.shape)}")
                 loss.backward()
 
-        step(saved)
+        step(watch, saved)
         within = [n for n, p in model.named_parameters() if isinstance(p.grad, DTensor) and not isinstance(p, DTensor)]
         for name, buffer in model.named_buffers():
             if name in running and torch.equal(buffer, buffers[name]):
                 raise BufferLost(name)
-        exchanged, exchanges = link.nbytes, link.calls
+        for p in model.parameters() if timed else ():  # what is left to be joined of gradients, once a step
+            if isinstance(p.grad, DTensor) and any(at.is_partial() for at in p.grad.placements):
+                link.all_reduce([p.grad.to_local()])
+        reduced, gathered, scattered, exchanges = link.reduced, link.gathered, link.scattered, link.calls
         compute_s = math.inf
         for _ in range(REPEATS if timed else 0):
             begin = time.perf_counter()
-            step(nullcontext())
+            step()
             compute_s = min(compute_s, time.perf_counter() - begin)
-    return TensorFacts(
-        styles=facts.styles,
-        parameters=facts.parameters,
+        if held_out is not None:
+            with evaluating(model), computing(facts), watch:
+                task.evaluate(model, held_out)
+    return replace(
+        facts,
+        parameters=parameters,
         within=within,
-        exchanged=exchanged,
+        exchanged=reduced,
+        gathered=gathered,
+        scattered=scattered,
         exchanges=exchanges,
-        degree=degree,
         compute_s=compute_s if timed else 0.0,
         activation_bytes=saved.total,
-        left=facts.left,
         parted=list(parted),
     )
 
