@@ -216,6 +216,19 @@ class Centred(nn.Module):
         return self.end(x.mean(1))
 
 
+class PairOutside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.end = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 1)
+        self.blocks = nn.ModuleList(nn.LayerNorm(6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.tanh(self.up(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.end(x)
+
+
 class Pairwise(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +314,7 @@ BAD: dict[str, tuple[weft.Task, Pattern, int, type[WeftError], str]] = {
     "norm in a pair": (Of(lambda: Mlp(8, nn.BatchNorm1d(8))), T2, 2, Incompatible, "up stays whole, for buffer between.0.running_mean between them would not be"),
     "norm in a plan": (Planned(lambda: Mlp(8, nn.BatchNorm1d(8)), up="column", down="row"), T2, 2, Incompatible, "leave out the Linears round it"),
     # the sequence
-    "no pair in a block": (Of(lambda: nn.Sequential(Mlp(16), Block())), weft.Tensor(sequence=True), 2, Incompatible, "sequence=true: no pair of Linears within the blocks"),
+    "no pair in a block": (Of(PairOutside), weft.Tensor(sequence=True), 2, Incompatible, "sequence=true: no pair of Linears within the blocks"),
     "no parts between": (Of(Centred), weft.Tensor(sequence=True), 2, Incompatible, "between its pairs of Linears, Of's model calls aten.mean.dim.*Leave sequence=true out"),
     "one worker": (Of(Centred), weft.Tensor(sequence=True), 1, Incompatible, "sequence=true with one worker: nothing is in parts. Use --workers 2"),
     # blocks

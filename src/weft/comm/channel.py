@@ -128,10 +128,10 @@ class Channel:
             self._change.notify_all()
 
     def _exchange(self, work: tuple[Tag, Message] | int) -> tuple[Tag, Message] | None:
-        """A gather, to which the receiver gives nothing: so both know how much comes, and that it is no other call."""
-        own = torch.empty(0, dtype=torch.uint8) if isinstance(work, int) else packed(*work)
-        parts = self.link.all_gather(own)
-        return None if self.sends else unpacked(parts[1 - self.link.rank])
+        if isinstance(work, int):
+            return unpacked(self.link.receive())
+        self.link.send(packed(*work))
+        return None
 
 
 def close_all(channels: Sequence[Channel], why: CommError) -> None:

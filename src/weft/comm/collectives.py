@@ -147,29 +147,30 @@ class RingLink(Link):
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Each rank sends to each: as many bytes as round a ring, in one step."""
-        import torch
-
         mine = tensor.detach().cpu().contiguous()
         gathered = {self._ids[self.rank]: tensor.detach().clone()}
         others = [k for k in range(self.world) if k != self.rank]
         with self._call("all_gather", [tensor], ragged=True) as call:
-
-            def place(head: Head) -> list[memoryview]:
-                shape = call.check(head).shapes[0]
-                if math.prod(shape) * tensor.element_size() != head.payload_bytes:
-                    raise CommError(
-                        f"rank {head.sender} sent {head.payload_bytes} bytes as {list(shape)}", (head.sender,)
-                    )
-                try:
-                    gathered[head.sender] = torch.empty(shape, dtype=tensor.dtype)
-                except RuntimeError as error:  # no memory for it
-                    raise CommError(
-                        f"rank {head.sender} sent a tensor of shape {shape}: {error}", (head.sender,)
-                    ) from error
-                return [as_bytes(gathered[head.sender])]
-
+            place = call.expect_any_length(tensor.dtype, gathered)
             self._step(call, {k: [as_bytes(mine)] for k in others}, dict.fromkeys(others, place))
         return [gathered[k].to(tensor.device) for k in self._ids]
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Nothing comes back, which on a slow link would wait behind what the other sends."""
+        self._check_two()
+        with self._call("message", [tensor], ragged=True) as call:
+            self._endpoint.look(self._others, call)
+            self._step(call, {1 - self.rank: [as_bytes(tensor)]}, {})
+
+    def receive(self) -> torch.Tensor:
+        import torch
+
+        self._check_two()
+        came: dict[int, torch.Tensor] = {}
+        with self._call("message", [torch.empty(0, dtype=torch.uint8)], ragged=True) as call:
+            self._step(call, {}, {1 - self.rank: call.expect_any_length(torch.uint8, came)})
+        (message,) = came.values()
+        return message
 
     def all_gather_into(self, whole: torch.Tensor, mine: torch.Tensor) -> None:
         if mine.device.type != "cpu" or self.world == 1:
@@ -340,6 +341,24 @@ class _Call:
         def place(head: Head) -> Sequence[memoryview]:
             self.check(head)
             return views
+
+        return place
+
+    def expect_any_length(self, dtype: torch.dtype, into: dict[int, torch.Tensor]) -> Place:
+        """A frame of this very call, with a tensor of whatever length, which is put ``into`` by who sent it."""
+        import torch
+
+        def place(head: Head) -> list[memoryview]:
+            shape = self.check(head).shapes[0]
+            if math.prod(shape) * dtype.itemsize != head.payload_bytes:
+                raise CommError(f"rank {head.sender} sent {head.payload_bytes} bytes as {list(shape)}", (head.sender,))
+            try:
+                into[head.sender] = torch.empty(shape, dtype=dtype)
+            except RuntimeError as error:  # no memory for it
+                raise CommError(
+                    f"rank {head.sender} sent a tensor of shape {shape}: {error}", (head.sender,)
+                ) from error
+            return [as_bytes(into[head.sender])]
 
         return place
 

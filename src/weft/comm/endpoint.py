@@ -290,6 +290,11 @@ class Endpoint(ABC):
                     posted.remove(receiving)
             raise
 
+    def look(self, peers: Collection[int], doing: object) -> None:
+        """Take in what has come, without waiting. Raises if one of ``peers`` is gone: who only sends would not hear of it."""
+        self._progress(0.0)
+        self._raise_if_lost(peers, (), doing)
+
     def interrupt(self, error: CommError) -> None:
         """From another thread: the ``wait`` under way, and any later one, raises it, within half a second."""
         self._interruption = error

@@ -115,6 +115,22 @@ class Link(ABC):
             self.all_reduce([held])
             mine[part].copy_(held[self.rank])
 
+    def send(self, tensor: torch.Tensor) -> None:
+        """Flat bytes to the other of a link of two, whose call is ``receive``. Done when their memory may be used again."""
+        self._check_two()
+        self.all_gather(tensor)
+
+    def receive(self) -> torch.Tensor:
+        """What the other of a link of two sends, however much."""
+        import torch
+
+        self._check_two()
+        return self.all_gather(torch.empty(0, dtype=torch.uint8))[1 - self.rank]
+
+    def _check_two(self) -> None:
+        if self.world != 2:
+            raise CommError(f"only a link of two passes messages one way, and this one has {self.world} members.")
+
     def _pieces(self, mine: torch.Tensor) -> Iterator[slice]:
         """Of n numbers, of which each rank has as many: all ranks' of a piece are together at most PIECE_BYTES."""
         step = max(1, PIECE_BYTES // (self.world * mine.element_size()))

@@ -77,6 +77,17 @@ class TracedLink(Link):
         self._link.broadcast(buffers, root)
         self._spans.add("broadcast", begin, clock())
 
+    def send(self, tensor: torch.Tensor) -> None:
+        begin = clock()
+        self._link.send(tensor)
+        self._spans.add("send", begin, clock())
+
+    def receive(self) -> torch.Tensor:
+        begin = clock()
+        message = self._link.receive()
+        self._spans.add("receive", begin, clock())
+        return message
+
     def barrier(self) -> None:
         begin = clock()
         self._link.barrier()

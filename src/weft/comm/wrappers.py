@@ -171,6 +171,14 @@ class FaultyLink(Link):
         if self._strike(buffers):
             self._link.broadcast(buffers, root)
 
+    def send(self, tensor: torch.Tensor) -> None:
+        given = tensor.detach().clone() if self._faults else tensor
+        if self._strike([given]):
+            self._link.send(given)
+
+    def receive(self) -> torch.Tensor:
+        return self._link.receive()
+
     def barrier(self) -> None:
         if self._strike(()):
             self._link.barrier()

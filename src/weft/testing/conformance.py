@@ -410,6 +410,38 @@ def many_calls_in_sequence(make: Make, world: int) -> None:
     _values(make(world)(fn))
 
 
+def _refuses(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except CommError as error:
+        return "a link of two" in error.message
+    return False
+
+
+def messages_go_one_way(make: Make, world: int) -> None:
+    """Of any length, in the order in which they were sent, also to one who comes late; calls of all go on round them."""
+
+    def fn(link: Link) -> None:
+        if link.world != 2:
+            assert _refuses(link.receive)
+            assert _refuses(lambda: link.send(torch.zeros(3, dtype=torch.uint8)))
+            link.barrier()
+            return
+        for sender in (0, 1, 0):
+            for key, size in enumerate((5, 0, 100_000, 1)):
+                message = contribution((size,), torch.uint8, sender, key)
+                if link.rank == sender:
+                    link.send(message)
+                else:
+                    time.sleep(0.02)
+                    assert torch.equal(link.receive(), message)
+            total = torch.ones(3)
+            link.all_reduce([total])
+            assert total.tolist() == [2.0] * 3
+
+    _values(make(world)(fn))
+
+
 def bytes_sent_are_as_predicted(make: Make, world: int) -> None:
     def fn(link: Link) -> list[int]:
         for numel in (0, 1, 7, 1000, 30_001, 200_003):
@@ -553,6 +585,7 @@ LAWS: tuple[Callable[[Make, int], None], ...] = (
     broadcast_comes_from_the_root,
     barrier_waits_for_all,
     many_calls_in_sequence,
+    messages_go_one_way,
     bytes_sent_are_as_predicted,
     a_mismatch_names_the_ranks,
     a_killed_peer_is_named,
