@@ -302,6 +302,28 @@ def test_why_a_member_left_is_heard_by_one_that_only_sends() -> None:
     first.close()
 
 
+def test_a_payload_that_trickles_in_is_a_sign_of_life() -> None:
+    """All of it is less than a receiver is woken for."""
+    first, second = Mesh(2).members
+    second.deadline_s = 1.0  # of silence; the whole takes longer
+    sent = bytes(range(250)) * 20
+    sock = first._connected[1].sock
+    sock.send(wire.encode_head(Head(Kind.DATA, 0, 0, 0, Meta("data").encode(), len(sent))))
+
+    def trickle() -> None:
+        for at in range(0, len(sent), 200):
+            time.sleep(0.1)
+            sock.send(sent[at : at + 200])
+
+    wait = in_thread(trickle)
+    arrival = second.recv_any(DEADLINE_S)
+    wait()
+    assert isinstance(arrival, Arrival), arrival
+    assert b"".join(arrival.payload) == sent
+    first.close()
+    second.close()
+
+
 def receive(endpoint: Endpoint, num_bytes: int) -> bytes:
     into = bytearray(num_bytes)
     endpoint.wait([endpoint.irecv(0, lambda head: [memoryview(into)])], time.monotonic() + DEADLINE_S, doing="a test")

@@ -29,6 +29,8 @@ from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, 
 
 CHUNK_BYTES = 1 << 20  # at most this much in one system call: both directions get their turn
 TURN_BYTES = 4 << 20  # at most this much from one peer before the others are looked at
+AT_ONCE_BYTES = 64 << 10  # of a payload that comes slowly; who is woken by each packet takes time from who computes
+GLANCE_S = 0.25  # how often one looks at what comes slowly all the same: any of it is a sign of life
 FLUSH_S = 1.0  # how long a closing endpoint waits for peers that take nothing more of what it has sent
 LOOK_S = 0.0005  # at how much of it they have taken, for the kernel does not tell
 MAX_STRANGERS = 64  # connections that have not yet said who they are
@@ -108,8 +110,15 @@ class _Connection:
         self.out: deque[_Queued] = deque()
         self.held = False  # a head is here and nobody takes it: no reading until somebody does
         self.interest = READ  # what the selector watches
+        self.wakes_at = 1  # bytes that must be there before it does
         self.deaf = False  # it takes nothing more, but what it has sent before may still be here
         self.dropped = False
+
+    def wake_at(self, num_bytes: int) -> None:
+        """The end of a connection does so at any time."""
+        if num_bytes != self.wakes_at:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
+            self.wakes_at = num_bytes
 
     def write(self) -> None:
         """As much as the kernel takes now, up to one turn."""
@@ -164,6 +173,7 @@ class TcpEndpoint(Endpoint):
         self._strangers: dict[_Connection, None] = {}  # in order of arrival
         self._newest: dict[int, int] = {}  # incarnation of each member, also of those that are gone
         self._closed = False
+        self._glanced = 0.0
         self._listener = listener
         _ENDPOINTS.add(self)
         listener.setblocking(False)
@@ -249,7 +259,10 @@ class TcpEndpoint(Endpoint):
     # Moving bytes
 
     def _progress(self, timeout_s: float) -> None:
-        for connection in [c for c in self._connected.values() if c.held]:
+        glance = time.monotonic() - self._glanced > min(GLANCE_S, self.deadline_s / 8)
+        if glance:
+            self._glanced = time.monotonic()
+        for connection in [c for c in self._connected.values() if c.held or (glance and c.wakes_at > 1)]:
             with self._serving(connection):
                 self._read(connection)
             if not connection.held:
@@ -327,6 +340,7 @@ class TcpEndpoint(Endpoint):
                     connection.held = True
                     return False
                 if reader.complete:
+                    connection.wake_at(1)
                     if connection.filling is not None:
                         connection.filling.finish()
                         connection.filling = None
@@ -338,6 +352,7 @@ class TcpEndpoint(Endpoint):
             try:
                 num_bytes = connection.sock.recv_into(space[:CHUNK_BYTES])
             except BlockingIOError:
+                connection.wake_at(min(len(space), AT_ONCE_BYTES) if reader.placed else 1)
                 return False
             if not num_bytes:
                 raise ConnectionResetError("connection closed" + (" within a frame" if reader.within_frame else ""))
