@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from hypothesis import strategies as st
 from tests.comm.test_links import connect_inproc
 
 from weft.comm.channel import Channel, close_all, packed, unpacked
+from weft.comm.collectives import RingLink
 from weft.comm.inproc import inproc_endpoints
-from weft.errors import CommError
+from weft.comm.tcp import TcpEndpoint, listen
+from weft.comm.wire import Kind
+from weft.errors import CommError, Mismatch
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16, torch.bool])
@@ -102,10 +107,14 @@ def test_who_closes_amid_a_message_says_why(ends: tuple[Channel, Channel], waits
 
 
 @pytest.mark.slow
-def test_messages_that_move_on_may_take_longer_than_the_deadline_together(ends: tuple[Channel, Channel]) -> None:
-    sender, receiver = ends
+def test_messages_that_move_on_may_take_longer_than_the_deadline_together() -> None:
+    """More than a kernel holds: each is away when it is taken."""
+    listeners = [listen() for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda rank: connect(rank, listeners), range(2))
+    sender, receiver = Channel(first, True, peer=1, deadline_s=2.0), Channel(second, False, peer=0, deadline_s=2.0)
     for k in range(3):
-        sender.send((k,), [torch.tensor(k)])
+        sender.send((k,), [torch.full((10_000_000,), float(k))])
 
     def take_slowly() -> None:
         for _ in range(3):
@@ -115,5 +124,43 @@ def test_messages_that_move_on_may_take_longer_than_the_deadline_together(ends: 
     thread = threading.Thread(target=take_slowly)
     thread.start()
     sender.flush()
+    assert sender.waited_s > sender.deadline_s
     thread.join()
-    assert [receiver.take((k,))[0].item() for k in range(3)] == [0, 1, 2]
+    assert [receiver.take((k,))[0][-1].item() for k in range(3)] == [0, 1, 2]
+    close_all([sender, receiver], CommError("the test has ended"))
+    first.close()
+    second.close()
+
+
+def connect(rank: int, listeners: list[socket.socket]) -> RingLink:
+    endpoint = TcpEndpoint(rank, listeners[rank], {k: sock.getsockname() for k, sock in enumerate(listeners)})
+    return RingLink(endpoint, rank, 2, "tcp", 1000.0)
+
+
+def test_who_sends_needs_nobody_to_receive_yet() -> None:
+    first, second = (connect_inproc(rank, 2, ends, 2.0) for ends in [inproc_endpoints(2)] for rank in range(2))
+    for k in range(3):
+        first.send(torch.full((4,), k, dtype=torch.uint8))
+    assert [second.receive().tolist() for _ in range(3)] == [[k] * 4 for k in range(3)]
+    assert second.traffic.bytes_sent == 0
+    first.close()
+    second.close()
+
+
+def test_who_only_sends_hears_of_the_end_behind_many_signs_of_life() -> None:
+    first, second = inproc_endpoints(2)
+    for _ in range(7):
+        second._send(0, second._control(Kind.PONG), ())
+    second.close(CommError("the loss was NaN"))
+    with pytest.raises(CommError, match="the loss was NaN"):
+        first.look([1], "a test")
+    first.close()
+
+
+def test_two_who_send_disagree() -> None:
+    first, second = (connect_inproc(rank, 2, ends, 2.0) for ends in [inproc_endpoints(2)] for rank in range(2))
+    first.send(torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(Mismatch, match="message of rank 1.*message of rank 0"):
+        second.send(torch.zeros(4, dtype=torch.uint8))
+    first.close()
+    second.close()

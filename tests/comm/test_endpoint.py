@@ -283,6 +283,31 @@ def test_a_frame_may_end_where_a_turn_ends(monkeypatch: pytest.MonkeyPatch) -> N
     second.close()
 
 
+def test_the_end_of_a_frame_that_comes_in_one_turn_with_the_rest_wakes_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It had found too little, and was to be woken by more than that end is."""
+    monkeypatch.setattr(tcp, "TURN_BYTES", 100_000)
+    monkeypatch.setattr(tcp, "CHUNK_BYTES", 100_000)
+    first, second = Mesh(2).members
+    sent = bytes(range(250)) * 601
+    memory = bytearray(len(sent))
+    receiving = second.irecv(0, lambda head: [memoryview(memory)])
+    sock = first._connected[1].sock
+    sock.send(wire.encode_head(Head(Kind.DATA, 0, 0, 0, Meta("data").encode(), len(sent))) + sent[:1])
+    until = time.monotonic() + 1.0
+    while not receiving.views and time.monotonic() < until:
+        second._progress(0.01)
+    assert second._connected[0].wakes_at > 1
+    sock.send(sent[1:])
+    second._progress(1.0)  # a turn
+    begun = time.monotonic()
+    second.wait([receiving], begun + 2.0)
+    assert memory == sent
+    first.close()
+    second.close()
+
+
 def test_why_a_member_left_is_heard_by_one_that_only_sends() -> None:
     """It closes with something unread, which resets the connection: the other's next write fails."""
     first, second = Mesh(2).members

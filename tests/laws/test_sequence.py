@@ -39,7 +39,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = self.down(F.gelu(self.up(self.before(x))))
         x = x + F.dropout(made, self.dropout, self.training) * self.gate
-        return self.after(x)
+        return self.after(x + F.normalize(x, dim=-1))
 
 
 class Sequences(Regression):
@@ -49,6 +49,10 @@ class Sequences(Regression):
 
     def model(self) -> nn.Module:
         return SequenceNet(self.dropout)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        with torch.inference_mode():  # in which torch shows what it composes of other operations
+            return super().evaluate(model, batch)
 
 
 class SequenceNet(nn.Module):

@@ -95,6 +95,12 @@ DRAWN = {
     "randint_like": lambda t: torch.randint_like(t, 100),
     "exponential_": lambda t: torch.empty_like(t).exponential_(),
     "uniform_": lambda t: torch.empty_like(t).uniform_(),
+    "log_normal_": lambda t: torch.empty_like(t).log_normal_(),
+    "geometric_": lambda t: torch.empty_like(t).geometric_(0.3),
+    "random_": lambda t: torch.empty_like(t).random_(100),
+    "bernoulli of a number": lambda t: torch.bernoulli(t, 0.5),
+    "bernoulli": lambda t: torch.bernoulli(0.5 * t),
+    "poisson": lambda t: torch.poisson(3 * t),
 }
 
 
@@ -106,6 +112,12 @@ def test_so_are_those_that_are_drawn_by_shape(mesh: DeviceMesh, kind: str) -> No
     uneven = DTensor.from_local(torch.ones(3, 5), mesh, [Shard(1)], run_check=False, shape=truth.shape, stride=(9, 1))
     assert torch.equal(DRAWN[kind](uneven).to_local(), truth[:, :5])
     assert torch.equal(torch.rand(1), after)
+
+
+def test_what_torch_draws_by_the_part_is_refused(mesh: DeviceMesh) -> None:
+    for draw in (lambda t: torch.native_dropout(t, 0.5, True), lambda t: F.rrelu(t, training=True)):
+        with pytest.raises(RuntimeError, match="draws random numbers"):
+            draw(part(torch.ones(3, 8), mesh, 1))
 
 
 # -- what is found

@@ -47,9 +47,9 @@ def test_all_that_are_possible_are_there_sorted() -> None:
 
 
 def test_free_links_take_away_the_bubble_and_slow_ones_the_messages() -> None:
-    quick, slow = best(rank_schedules(BLOCKS, 4, 16)), best(rank_schedules(BLOCKS, 4, 16, SLOW))
+    quick, slow = best(rank_schedules(BLOCKS, 4, 12)), best(rank_schedules(BLOCKS, 4, 16, SLOW))
     assert quick.schedule.splits_backward
-    assert quick.predicted.bubble < 0.04
+    assert quick.predicted.bubble < 0.05
     assert slow.words == "gpipe"
     assert slow.predicted.messages == 2 * 3 * 16
 
@@ -90,7 +90,7 @@ def test_of_equals_the_simpler_is_taken() -> None:
     assert taken.step_s <= ranked[0].step_s * (1 + TIE)
     assert all(one.simplicity > taken.simplicity for one in ranked if one.step_s < taken.step_s)
     assert any(one.step_s < taken.step_s for one in ranked), "the case is there"
-    assert "is less than 1 % quicker and less simple" in why(ranked)
+    assert "is less than 5 % quicker and less simple" in why(ranked)
 
 
 def test_the_sentence() -> None:

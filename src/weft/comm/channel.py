@@ -4,7 +4,8 @@ A thread at each end carries them, one after the other, over a link of these two
 (plain data), by which its receiver asks for it: what comes before it is asked for is kept. That is bounded by what was announced (``expect``).
 
 The link's own calls have no deadline to speak of, for what is announced may come at the end of a long step. Who needs a message, or wants what
-was sent to be taken, has one: ``deadline_s`` from then on, or from the last message.
+was sent to be away, has one: ``deadline_s`` from then on, or from the last message. Sent is what need not be kept any more: the carrier has it,
+and the receiver, perhaps, not yet.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class RingLink(Link):
     def send(self, tensor: torch.Tensor) -> None:
         """Nothing comes back, which on a slow link would wait behind what the other sends."""
         self._check_two()
-        with self._call("message", [tensor], ragged=True) as call:
+        with self._call(f"message of rank {self.rank}", [tensor], ragged=True) as call:
             self._endpoint.look(self._others, call)
             self._step(call, {1 - self.rank: [as_bytes(tensor)]}, {})
 
@@ -167,7 +167,8 @@ class RingLink(Link):
 
         self._check_two()
         came: dict[int, torch.Tensor] = {}
-        with self._call("message", [torch.empty(0, dtype=torch.uint8)], ragged=True) as call:
+        nothing = torch.empty(0, dtype=torch.uint8)
+        with self._call(f"message of rank {1 - self.rank}", [nothing], ragged=True) as call:
             self._step(call, {}, {1 - self.rank: call.expect_any_length(torch.uint8, came)})
         (message,) = came.values()
         return message

@@ -291,8 +291,11 @@ class Endpoint(ABC):
             raise
 
     def look(self, peers: Collection[int], doing: object) -> None:
-        """Take in what has come, without waiting. Raises if one of ``peers`` is gone: who only sends would not hear of it."""
-        self._progress(0.0)
+        """Take in what has come, without waiting. Raises if one of ``peers`` is gone: who only sends would not hear of it, nor make room for it."""
+        heard: list[float | None] | None = None
+        while heard != (now := [self._heard.get(peer) for peer in sorted(peers)]):
+            heard = now
+            self._progress(0.0)
         self._raise_if_lost(peers, (), doing)
 
     def interrupt(self, error: CommError) -> None:

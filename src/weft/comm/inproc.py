@@ -110,9 +110,9 @@ class InprocEndpoint(Endpoint):
         if not (inbox := self._inbox[peer]):
             return False
         head, payload = inbox[0]
-        self._heard[peer] = time.monotonic()
         if head.kind is not Kind.DATA:
             inbox.popleft()
+            self._heard[peer] = time.monotonic()
             if head.kind is Kind.GOODBYE:
                 self._has_lost(Lost(peer, head.incarnation, "it closed its link", True, error_in(head)))
             else:
@@ -122,6 +122,7 @@ class InprocEndpoint(Endpoint):
         if receiving is None:
             return False
         inbox.popleft()
+        self._heard[peer] = time.monotonic()
         self._others[peer]._wake()  # it may wait for room
         at = 0
         for index, view in enumerate(receiving.views):

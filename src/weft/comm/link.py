@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from weft.errors import CommError, DeadlineExceeded, Incompatible
+from weft.errors import CommError, DeadlineExceeded, Incompatible, Mismatch
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,8 @@ class Link(ABC):
     def send(self, tensor: torch.Tensor) -> None:
         """Flat bytes to the other of a link of two, whose call is ``receive``. Done when their memory may be used again."""
         self._check_two()
-        self.all_gather(tensor)
+        if self.all_gather(tensor)[1 - self.rank].numel():
+            raise Mismatch("ranks disagree: both ends of a link of two send, and neither receives", (0, 1))
 
     def receive(self) -> torch.Tensor:
         """What the other of a link of two sends, however much."""

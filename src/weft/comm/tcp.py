@@ -30,7 +30,9 @@ from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, 
 CHUNK_BYTES = 1 << 20  # at most this much in one system call: both directions get their turn
 TURN_BYTES = 4 << 20  # at most this much from one peer before the others are looked at
 AT_ONCE_BYTES = 64 << 10  # of a payload that comes slowly; who is woken by each packet takes time from who computes
-GLANCE_S = 0.25  # how often one looks at what comes slowly all the same: any of it is a sign of life
+GLANCE_S = (
+    0.25  # after this one looks at what comes slowly all the same, when one looks at all: any of it is a sign of life
+)
 FLUSH_S = 1.0  # how long a closing endpoint waits for peers that take nothing more of what it has sent
 LOOK_S = 0.0005  # at how much of it they have taken, for the kernel does not tell
 MAX_STRANGERS = 64  # connections that have not yet said who they are
@@ -348,6 +350,7 @@ class TcpEndpoint(Endpoint):
                     return True
                 continue
             if budget <= 0:
+                connection.wake_at(1)  # the rest of the frame may be here, and be less than it would wake for
                 return False
             try:
                 num_bytes = connection.sock.recv_into(space[:CHUNK_BYTES])

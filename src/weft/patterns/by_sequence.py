@@ -77,12 +77,12 @@ class Gathered:
 
 #: Beside what torch calls pointwise: what treats each place of the sequence by itself.
 BY_ITSELF = {
-    *(aten.native_layer_norm.default, aten._fused_rms_norm.default, aten.native_dropout.default),
     *(aten.bernoulli_.float, aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default),
     *(aten.clone.default, aten.detach.default, aten.alias.default, aten._to_copy.default),
 }
-#: The same, if it is over the last dimension alone.
-OVER_LAST = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction}
+#: The same, if what it is taken over is not in parts: the argument at this place says which dimensions.
+OVER = {aten.mean.dim: 1, aten.sum.dim_IntList: 1, aten.var.correction: 1, aten.linalg_vector_norm.default: 2}
+NORMS = {aten.native_layer_norm.default, aten._fused_rms_norm.default}  # over the last ones, of this shape
 
 
 class BetweenPairs(TorchDispatchMode):
@@ -108,7 +108,11 @@ class BetweenPairs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.on and any(isinstance(t, DTensor) and in_parts(t) for t in tree_flatten((args, kwargs))[0]):
-            if not (torch.Tag.pointwise in func.tags or func in BY_ITSELF or is_over_last(func, args)):
+            if not (torch.Tag.pointwise in func.tags or func in BY_ITSELF or is_over_wholes(func, args)):
+                with self:  # in inference mode what torch composes of others comes as it is
+                    made = func.decompose(*args, **kwargs)
+                if made is not NotImplemented:
+                    return made
                 raise Incompatible(
                     f"sequence=true: between its pairs of Linears, {self.who}'s model calls {func}. In parts of the sequence goes only what treats each of its "
                     "places by itself: sums, products, activations, dropout, norms over the last dimension. Leave sequence=true out."
@@ -120,6 +124,16 @@ def in_parts(tensor: DTensor) -> bool:
     return not all(at.is_replicate() for at in tensor.placements)
 
 
-def is_over_last(func: Any, args: tuple[Any, ...]) -> bool:
-    dims = args[1] if func in OVER_LAST and len(args) > 1 else ()
-    return bool(dims) and all(dim in (-1, args[0].dim() - 1) for dim in dims)
+def is_over_wholes(func: Any, args: tuple[Any, ...]) -> bool:
+    """A norm, a sum, a mean over dimensions that each worker has whole; or their repetition."""
+    given = args[0]
+    if func in NORMS:
+        dims = list(range(given.dim() - len(args[1]), given.dim()))
+    elif func in OVER and len(args) > OVER[func] and args[OVER[func]]:
+        dims = [dim % given.dim() for dim in args[OVER[func]]]
+    elif func is aten.expand.default:
+        before = len(args[1]) - given.dim()
+        dims = [d for d in range(given.dim()) if args[1][before + d] not in (-1, given.shape[d])]
+    else:
+        return False
+    return not any(at.is_partial() or (at.is_shard() and at.dim in dims) for at in given.placements)

@@ -54,8 +54,11 @@ for _attention in (
 def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Random numbers, the same as one process draws: each worker draws all and keeps its part. Generators stay alike."""
     given, mesh = args[0], args[0].device_mesh
-    drawn = op(torch.empty(given.shape, dtype=given.dtype, device=given.device), *args[1:], **kwargs)
+    blank = torch.empty(given.shape, dtype=given.dtype, device=given.device)
+    drawn = op(given.full_tensor() if op in BY_VALUES else blank, *map(_whole, args[1:]), **kwargs)
     whole = DTensor.from_local(drawn, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if drawn.shape != given.shape:
+        return whole
     if not op._schema.is_mutable:
         return whole if any(at.is_partial() for at in given.placements) else whole.redistribute(mesh, given.placements)
     if any(at.is_partial() for at in given.placements):
@@ -64,11 +67,34 @@ def _drawn_whole(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return given
 
 
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+#: What is drawn depends on the numbers given, not on their shape alone.
+BY_VALUES = {aten.bernoulli.default, aten.multinomial.default, aten.poisson.default}
+
 for _op in (
-    *(aten.bernoulli_.float, aten.uniform_.default, aten.normal_.default, aten.exponential_.default),
+    *(aten.bernoulli_.float, aten.bernoulli_.Tensor, aten.bernoulli.p, *BY_VALUES),
+    *(aten.uniform_.default, aten.normal_.default, aten.exponential_.default, aten.log_normal_.default),
+    *(
+        aten.cauchy_.default,
+        aten.geometric_.default,
+        aten.random_.default,
+        aten.random_.to,
+        getattr(aten.random_, "from"),
+    ),
     *(aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype),
 ):
     DTensor._op_dispatcher._custom_op_handlers[_op] = _drawn_whole  # type: ignore[assignment]
+
+
+def _not_in_parts(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise RuntimeError(f"{op} draws random numbers, and torch would draw each worker's part by itself")
+
+
+for _op in (aten.native_dropout.default, aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default):
+    DTensor._op_dispatcher._custom_op_handlers[_op] = _not_in_parts  # type: ignore[assignment]
 
 
 def _number(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

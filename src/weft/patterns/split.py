@@ -404,7 +404,8 @@ class SplitPattern(Pattern):
             assert facts.tensor is not None
             cut = facts.tensor
             nbytes = bytes_for(cut.exchanged, layout.tensor) if cut.exchanged else 0
-            nbytes += all_gather_bytes(carrier, cut.gathered, layout.tensor) if cut.gathered else 0
+            part = cut.gathered * cut.degree // layout.tensor  # of one worker
+            nbytes += all_gather_bytes(carrier, part, layout.tensor) if part else 0
             nbytes += reduce_scatter_bytes(carrier, cut.scattered, layout.tensor, bytes_for) if cut.scattered else 0
             sent[TENSOR] = Traffic(nbytes, cut.exchanges)
         if (size := layout.sharded) > 1:

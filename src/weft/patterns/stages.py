@@ -160,7 +160,7 @@ class Before(TorchFunctionMode):
         key = (func, spec, *(laid_out(t) if isinstance(t, Tensor) else repr(t) for t in leaves)) if lasts else None
         if key in known:
             return tree_map(lambda t: t() if isinstance(t, Shape) else t, known[key])
-        args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+        args, kwargs = tree_map(lambda t: without_numbers(t) if isinstance(t, Tensor) else t, (args, kwargs))
         try:
             made = func(*args, **kwargs)
         except RuntimeError as error:
@@ -175,6 +175,14 @@ class Before(TorchFunctionMode):
         ):
             known[key] = tree_map(lambda t: Shape(*laid_out(t)) if isinstance(t, Tensor) else t, made)
         return made
+
+
+def without_numbers(tensor: Tensor) -> Tensor:
+    """As ``to("meta")``, which torch does not know of parts in inference mode."""
+    if tensor.is_meta:
+        return tensor
+    made: Tensor = torch.ops.aten._to_copy.default(tensor, device=torch.device("meta"))
+    return made
 
 
 @dataclass(frozen=True)
@@ -326,10 +334,10 @@ class Uses(TorchFunctionMode):
                 learned = True
         if learned and func in LOOKS and now < len(self.cuts.names):
             raise TaskError(looks(self.cuts, now + 1, func))
-        versions = [t._version for t in given]
+        versions = [version_of(t) for t in given]
         result = func(*args, **(kwargs or {}))
         for t, version in zip(given, versions, strict=True):
-            if t._version != version:
+            if version_of(t) != version:
                 self._written(memory_of(t), now, func)
         for t in tensors_of(result):
             self._born.setdefault(memory_of(t), now)
@@ -367,6 +375,12 @@ OUT_OF_PLACE = "Make a new tensor: x = x + y in place of x += y, ReLU() in place
 
 BEFORE = -1  # any item
 Memory = StorageWeakRef | None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often it was written to in place. torch does not count that of a tensor made in inference mode: an evaluation that is without fault in training,
+    which is watched too, may use it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def memory_of(tensor: Tensor) -> Memory:

@@ -459,6 +459,8 @@ def rehearse_as(
         for p in model.parameters() if timed else ():  # what is left to be joined of gradients, once a step
             if isinstance(p.grad, DTensor) and any(at.is_partial() for at in p.grad.placements):
                 link.all_reduce([p.grad.to_local()])
+            elif isinstance(p.grad, DTensor) and not isinstance(p, DTensor):
+                p.grad.full_tensor()
         reduced, gathered, scattered, exchanges = link.reduced, link.gathered, link.scattered, link.calls
         compute_s = math.inf
         for _ in range(REPEATS if timed else 0):
