@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.comm.test_links import connect_inproc
 
-from weft.comm.channel import Channel, close_all, packed, unpacked
+from weft.comm.channel import Channel, close_all, fail_together, packed, unpacked
 from weft.comm.collectives import RingLink
 from weft.comm.inproc import inproc_endpoints
 from weft.comm.tcp import TcpEndpoint, listen
@@ -135,6 +135,20 @@ def test_messages_that_move_on_may_take_longer_than_the_deadline_together() -> N
 def connect(rank: int, listeners: list[socket.socket]) -> RingLink:
     endpoint = TcpEndpoint(rank, listeners[rank], {k: sock.getsockname() for k, sock in enumerate(listeners)})
     return RingLink(endpoint, rank, 2, "tcp", 1000.0)
+
+
+def test_who_waits_at_one_channel_hears_of_what_is_wrong_with_another() -> None:
+    links = [connect_inproc(0, 2, inproc_endpoints(2), 1000.0) for _ in range(2)]
+    sender, receiver = (Channel(link, sends, peer=1, deadline_s=20.0) for link, sends in zip(links, (True, False)))
+    fail_together([sender, receiver])
+    links[0].send = lambda tensor: (_ for _ in ()).throw(MemoryError("no room to pack it"))  # type: ignore[method-assign]
+    receiver.expect(1)
+    threading.Timer(0.1, lambda: sender.send((0,), [torch.tensor(0)])).start()
+    begun = time.monotonic()
+    with pytest.raises(MemoryError, match="no room"):
+        receiver.take((0,))
+    assert time.monotonic() - begun < 10.0
+    close_all([sender, receiver], CommError("the test has ended"))
 
 
 def test_who_sends_needs_nobody_to_receive_yet() -> None:

@@ -14,7 +14,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,6 +44,7 @@ class Channel:
         self._under_way = 0  # sent or announced, and not yet done
         self._error: BaseException | None = None
         self._why: CommError | None = None
+        self.on_error: Callable[[BaseException], None] | None = None  # hears of one of the thread's, in it
         self._thread: threading.Thread | None = None
 
     def send(self, tag: Tag, message: Message) -> None:
@@ -62,6 +63,12 @@ class Channel:
     def flush(self) -> None:
         """Wait until all that was queued is sent."""
         self._wait(lambda: True if not self._under_way else None, "take what was sent")
+
+    def fail(self, error: BaseException) -> None:
+        """Something is wrong elsewhere: who waits here, or comes to, raises it."""
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
 
     def stop(self, why: CommError) -> None:
         """What has not been sent or has not come is dropped; a peer that waits for us raises ``why``."""
@@ -127,12 +134,25 @@ class Channel:
             if arrived is not None:
                 self._arrived[arrived[0]] = arrived[1]
             self._change.notify_all()
+        if self._error is not None and self.on_error is not None:
+            self.on_error(self._error)
 
     def _exchange(self, work: tuple[Tag, Message] | int) -> tuple[Tag, Message] | None:
         if isinstance(work, int):
             return unpacked(self.link.receive())
         self.link.send(packed(*work))
         return None
+
+
+def fail_together(channels: Sequence[Channel]) -> None:
+    """Of one owner, who waits at one of them, and would not see for long what is wrong with another."""
+
+    def tell(error: BaseException) -> None:
+        for channel in channels:
+            channel.fail(error)
+
+    for channel in channels:
+        channel.on_error = tell
 
 
 def close_all(channels: Sequence[Channel], why: CommError) -> None:

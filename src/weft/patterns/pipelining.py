@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weft.comm.channel import Channel, close_all
+from weft.comm.channel import Channel, close_all, fail_together
 from weft.comm.link import Link
 from weft.errors import CommError, PeerLost
 from weft.patterns.base import PipelineFacts
@@ -79,6 +79,7 @@ class PipelineWork:
                 self.out[to] = Channel(groups[channel_name(at, to)], True, row[to], deadline_s)
             elif to == place:
                 self.into[at] = Channel(groups[channel_name(at, to)], False, row[at], deadline_s)
+        fail_together(self.channels)
         self.coming = {at: len(orders[at, place]) for at in self.into}
         self.own_stages = [k for k, worker in enumerate(self.program.placement) if worker == place]
         self.last = len(self.stages) - 1
