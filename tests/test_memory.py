@@ -6,7 +6,9 @@ import contextlib
 import json
 import mmap
 import os
+import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +60,36 @@ def test_a_peak_is_what_was_taken_within_a_stretch() -> None:
         memory.begin()
         memory.end()
     assert memory.peak_bytes == pytest.approx(100 * MB, abs=5 * MB), "the most of all stretches"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_what_is_freed_goes_back_to_the_kernel_or_stays_as_asked() -> None:
+    """In a process of its own: there is no way back to what glibc does by itself."""
+    script = """
+import mmap, resource
+import torch
+from weft.usage import keep_what_is_freed, leave_no_gaps
+
+def pages():  # that the kernel clears for two tensors of 2 MB, one of them taken again and again
+    found = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        first = torch.ones(500_000)
+        for _ in range(5):
+            torch.ones(500_000)
+        del first
+        found.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * mmap.PAGESIZE)
+    return found[-1]
+
+leave_no_gaps(1 << 20)
+print(pages())
+keep_what_is_freed()
+print(pages())
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    alone, kept = (int(line) for line in said.stdout.split())
+    assert alone == pytest.approx(6 * 2 * MB, rel=0.1)
+    assert kept < 0.1 * MB
 
 
 def test_files_do_not_count_and_what_is_shared_does(tmp_path: Path) -> None:

@@ -128,16 +128,29 @@ def _shared_memory() -> int:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-ALONE_BYTES, TOP_BYTES = 4 << 20, 64 << 20
+TOP_BYTES = 64 << 20
+#: The most that glibc takes for M_MMAP_THRESHOLD, and for any of its numbers.
+KEPT_BYTES, NEVER = 32 << 20, (1 << 31) - 1
 
 
-def leave_no_gaps() -> None:
-    """From now on memory of ALONE_BYTES or more goes back to the kernel when it is freed. glibc by itself would soon keep it, among what
+def leave_no_gaps(alone_bytes: int) -> None:
+    """From now on memory of ``alone_bytes`` or more goes back to the kernel when it is freed. glibc by itself would soon keep it, among what
     lives on: gaps of a fifth of what a sharded worker holds. Where there is another allocator, nothing changes."""
+    _set_allocator(alone_bytes, TOP_BYTES)  # a top that came and went with each small tensor would cost time
+
+
+def keep_what_is_freed() -> None:
+    """From now on memory that is freed stays with the process, for what it takes next: for when all that lives on has been made. glibc by
+    itself gives much of it back between one step and the next, and the kernel has to clear it anew: 60 ms a step of a pipeline's worker of
+    16M parameters."""
+    _set_allocator(KEPT_BYTES, NEVER)
+
+
+def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, ALONE_BYTES)
-        mallopt(M_TRIM_THRESHOLD, TOP_BYTES)  # else the top would come and go with each small tensor
+        mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(M_TRIM_THRESHOLD, trim_threshold)
 
 
 def memory_left() -> int:

@@ -49,7 +49,7 @@ from weft.patterns.split import SplitPattern
 from weft.patterns.stages import LOOKS
 from weft.patterns.training import Arena, Replica, first_names
 from weft.update import ClipNorm, Dense, Update, multiply, norm
-from weft.usage import leave_no_gaps
+from weft.usage import keep_what_is_freed, leave_no_gaps
 
 if TYPE_CHECKING:
     from weft.patterns.base import Context, Resume
@@ -89,8 +89,10 @@ class SplitReplica(Replica):
             self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
         )
         self.at_end = ExitStack()
-        if self.layout.sharded > 1 or self.layout.tensor > 1:
-            leave_no_gaps()  # a pipeline makes each gradient anew for each micro-batch, and the kernel would have to clear it each time
+        #: A pipeline makes each gradient anew for each micro-batch: what it frees must not be cleared anew each time. Before its first step
+        #: it makes what lives on.
+        self.frees_often = self.layout.sharded == self.layout.tensor == 1
+        leave_no_gaps((1 if self.frees_often else 4) << 20)
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
             super().__init__(ctx, **settings)
@@ -406,6 +408,8 @@ class SplitReplica(Replica):
         """An optimizer that looks at whole parameters may read a number of what is in parts: it is given that of the whole."""
         with nullcontext() if self.steps_parts else LooksAtWhole():
             super().apply(update)
+        if self.frees_often:
+            keep_what_is_freed()  # all that lives on is there now, the optimizer's state included
 
 
 class SplitMean(JoinedMean):
