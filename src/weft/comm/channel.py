@@ -72,7 +72,7 @@ class Channel:
 
     def stop(self, why: CommError) -> None:
         """What has not been sent or has not come is dropped; a peer that waits for us raises ``why``."""
-        self._error = self._error or CommError("this channel is closed")
+        self.fail(CommError("this channel is closed"))
         self._why = why if self._under_way else None
         self.link.interrupt(why)
 

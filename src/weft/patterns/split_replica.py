@@ -89,10 +89,10 @@ class SplitReplica(Replica):
             self.chosen is None or self.place[PIPELINE] == self.chosen.program.placement[-1]
         )
         self.at_end = ExitStack()
-        #: A pipeline makes each gradient anew for each micro-batch: what it frees must not be cleared anew each time. Before its first step
-        #: it makes what lives on.
-        self.frees_often = self.layout.sharded == self.layout.tensor == 1
-        leave_no_gaps((1 if self.frees_often else 4) << 20)
+        #: A pipeline makes each gradient anew for each micro-batch, which the kernel must not clear each time: after its first step, which makes
+        #: the last of what lives on, it is to keep what it frees. False: it does, or it is none.
+        self.is_to_keep = self.layout.sharded == self.layout.tensor == 1
+        leave_no_gaps((1 if self.is_to_keep else 4) << 20)
         with ExitStack() as on_error:
             on_error.callback(self.at_end.close)
             super().__init__(ctx, **settings)
@@ -408,8 +408,9 @@ class SplitReplica(Replica):
         """An optimizer that looks at whole parameters may read a number of what is in parts: it is given that of the whole."""
         with nullcontext() if self.steps_parts else LooksAtWhole():
             super().apply(update)
-        if self.frees_often:
-            keep_what_is_freed()  # all that lives on is there now, the optimizer's state included
+        if self.is_to_keep:
+            self.is_to_keep = False
+            keep_what_is_freed()
 
 
 class SplitMean(JoinedMean):
