@@ -537,6 +537,8 @@ class _Terminal:
         if self.view is None:
             if event.kind == "warning":
                 self.console.print(f"warning: {event.values['text']}", markup=False)
+            elif event.kind == "trying":
+                self.console.print(event.values["text"], markup=False, highlight=False)
             return
         if event.kind == "plan":
             self.view.__enter__()

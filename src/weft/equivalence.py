@@ -6,11 +6,9 @@ holds more than one parameter of it at a time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -19,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.clusters.base import Seat, resolve
-from weft.comm.link import WORLD, SoloLink
+from weft.clusters.base import Seat
+from weft.comm.link import SoloLink
 from weft.data.keys import key_int
 from weft.data.partition import Indices
 from weft.data.partition import parse as parse_partitioner
 from weft.data.sampler import part_of
 from weft.data.shards import Shards
 from weft.driver.equivalence import Equivalence, Order, StepFound
+from weft.first_steps import first_steps
 from weft.loading import load_task
 from weft.patterns import registry
 from weft.patterns.base import Context
@@ -51,11 +50,7 @@ class Kept(msgspec.Struct, frozen=True):
 def take_steps(seat: Seat) -> None:
     """Entry. The roles of the run itself, for its first steps."""
     order = msgspec.convert(seat.spec.payload, Order, strict=False)
-    config, rank = order.config, seat.spec.member
-    torch.set_num_threads(config.threads)
-    pattern = registry.build(config.pattern, config.pattern_options)
-    role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
-    names = [g.name for g in pattern.groups(order.facts, config.workers) if rank in g.members]
+    rank = seat.spec.member
 
     def watch(replica: Replica, exchange: Exchange, update: Update) -> None:
         whole = exchange.whole(update)
@@ -64,24 +59,8 @@ def take_steps(seat: Seat) -> None:
             keep(Path(order.folder), replica.step + 1, whole, sum(report.losses) / sum(report.weights))
         deque(whole, maxlen=0)  # the other ranks' part in it
 
-    with contextlib.ExitStack() as at_end:
-        links = {name: at_end.enter_context(contextlib.closing(seat.link(name))) for name in names}
-        context = Context(
-            task=load_task(config.task),
-            pattern=pattern,
-            config=config,
-            facts=order.facts,
-            rank=rank,
-            world=config.workers,
-            total_steps=order.total_steps,
-            device=own_device(order.facts.device, rank),
-            link=links.pop(WORLD),
-            groups=links,
-            stop_requested=lambda: False,
-            watch=watch,
-        )
-        points = at_end.enter_context(contextlib.closing(resolve(role.entry)(context)))
-        deque(islice(points, order.steps), maxlen=0)
+    with first_steps(seat, order.config, order.facts, order.total_steps, order.steps, watch) as points:
+        deque(points, maxlen=0)
 
 
 def keep(folder: Path, step: int, whole: Iterator[tuple[str, Tensor]], loss: float) -> None:

@@ -16,6 +16,7 @@ Kinds and their ``values``:
             held_bytes (between steps)
   measured  before the run: world, carrier, latency_s, bytes_per_s (of each worker's link, while all use theirs); where
             `compress=auto`: compress, why, ways (what each candidate would send and compute in an exchange)
+  trying    before the run, to who looks: text
   equivalence before the run: text, detail; tolerance, steps (each: difference, loss, loss_difference, name, shape, worst, own), by_shares
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes

@@ -1,9 +1,11 @@
-"""What a member does that measures: the link it stands on, and the codecs beside its fellows."""
+"""What a member does that measures: the link it stands on, the codecs beside its fellows, steps of what may be chosen."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -19,6 +21,8 @@ from weft.comm.wrappers import Fault, FaultyLink
 from weft.config import Config
 from weft.cost import LinkSpeed, all_reduce_bytes
 from weft.driver.probe import Order, pair_name
+from weft.driver.trial import Trial
+from weft.first_steps import first_steps
 from weft.patterns import registry
 from weft.patterns.base import Facts, ParamFact
 from weft.patterns.compression import bytes_per_exchange
@@ -43,7 +47,7 @@ def measure(seat: Seat) -> None:
 
         def joined(group: str) -> Link:
             link: Link = seat.link(group)
-            return FaultyLink(link, lasting, step=lambda: 0) if lasting else link
+            return FaultyLink(link, lasting, step=lambda: 0, rank=rank) if lasting else link
 
         world = at_end.enter_context(contextlib.closing(joined(WORLD)))
 
@@ -67,6 +71,15 @@ def measure(seat: Seat) -> None:
             ways.append(way(compress, order, world, device))
         if rank == 0:
             seat.send({"link": row(range(config.workers), found), "ways": msgspec.to_builtins(ways)})
+
+
+def try_steps(seat: Seat) -> None:
+    """Entry. The seconds of each step but the first, which makes what is made once."""
+    order = msgspec.convert(seat.spec.payload, Trial, strict=False)
+    with first_steps(seat, order.config, order.facts, order.total_steps, order.steps) as points:
+        ended = [time.perf_counter() for _ in points]
+    if seat.spec.member == 0:
+        seat.send({"seconds": [b - a for a, b in itertools.pairwise(ended)]})
 
 
 def look(seat: Seat) -> None:

@@ -54,7 +54,7 @@ CHANGES: dict[str, Any] = {
 NOT_SETTINGS = {"task", "pattern", "pattern_options", "measured"}
 
 SPLIT = {"accumulate": 2, "clip_norm": 0.01, "autocast": "bf16"}
-PIPELINED = {"schedule": "gpipe", "microbatches": 3, "stages_per_worker": 1, "chunks": 2}
+PIPELINED = {"schedule": "gpipe", "microbatches": 3, "stages_per_worker": 1, "chunks": 2, "trial": "always"}
 
 PATTERN_CHANGES = {
     "allreduce": {

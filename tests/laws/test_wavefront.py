@@ -293,6 +293,6 @@ def test_options_that_cannot_be() -> None:
         ConfigError, match="schedule zbv splits the backward, .* choose 1f1b, gpipe, interleaved-1f1b or looped-bfs"
     ):
         Pipeline(chunks=2, schedule="zbv")
-    with pytest.raises(Incompatible, match="chunks are of a pipeline"):
+    with pytest.raises(Incompatible, match="chunks and trial are of a pipeline"):
         Mesh(data=2, chunks=2)
     assert program("1f1b", 2, 1, chunks=3).pieces == 3

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.comm.last_call import LastCall
 from weft.comm.link import WORLD
-from weft.cost import AUTO, LinkSpeed
+from weft.cost import AUTO, LinkSpeed, all_reduce_bytes
 from weft.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -256,6 +256,19 @@ class Call:
                     )
                 elif isinstance(event, Exited):
                     return event
+
+
+def bytes_by(specs: Sequence[LinkSpec]) -> Callable[[int, int], int]:
+    """(bytes, world) -> what a member sends to all-reduce them in its group of that size."""
+    by_world = {spec.world: spec for spec in reversed(specs)}
+
+    def bytes_for(nbytes: int, world: int) -> int:
+        spec = by_world.get(world, specs[0])
+        return all_reduce_bytes(
+            spec.carrier, nbytes, world, spec.collective, spec.speed, [len(ranks) for ranks in spec.hosts]
+        )
+
+    return bytes_for
 
 
 def hosts_of(members: Sequence[int], hosts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

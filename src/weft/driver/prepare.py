@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,13 @@ import msgspec
 
 from weft import compat, cost, errors
 from weft.clusters import pick_carrier
-from weft.clusters.base import LinkSpec, Session, hosts_of
+from weft.clusters.base import LinkSpec, Session, bytes_by, hosts_of
 from weft.comm.link import WORLD
 from weft.config import Config, RunFolder
 from weft.driver import equivalence
 from weft.driver.calls import call
 from weft.driver.probe import resolve
+from weft.driver.trial import decide, settled_in
 from weft.events import Event
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern, left_behind
@@ -75,7 +76,7 @@ def prepare(
     chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)
     compat.check_collective(config.collective, chosen)
 
-    def links_of(pattern: Pattern) -> list[LinkSpec]:
+    def links_of(pattern: Pattern, facts: Facts) -> list[LinkSpec]:
         return [
             LinkSpec(
                 cost.carrier_aside(chosen, config.link) if group.aside else chosen,
@@ -93,14 +94,17 @@ def prepare(
             for group in pattern.groups(facts, config.workers)
         ]
 
-    resolved = resolve(config, facts, pattern, links_of(pattern)[0], session, observer)
+    begun = config.measured
+    resolved = resolve(config, facts, pattern, links_of(pattern, facts)[0], session, observer)
+    total = config.total_steps(facts.train_examples)
+    resolved.pattern.check(resolved.facts, resolved.config)
+    if begun is None or begun.pipeline != settled_in(resolved.facts):
+        resolved = decide(resolved, links_of, total, session, observer)
     config, facts, pattern = resolved.config, resolved.facts, resolved.pattern
-    links = links_of(pattern)
+    links = links_of(pattern, facts)
     links[0] = dataclasses.replace(links[0], speed=resolved.speed)
-    pattern.check(facts, config)
     if found:
         notes = [*about_handover(found, config), *notes]
-    total = config.total_steps(facts.train_examples)
     compared = equivalence.announce(config, facts, pattern, total)
     save_every = save_interval(config, total, pattern.period(facts, config))
     plan = make_plan(config, facts, pattern, links, total, save_every, why, [*notes, *session.notes])
@@ -239,19 +243,6 @@ def memory_shortage(each: Mapping[str, int], workers: int, left: int, split: boo
         f"{sharded}or more machines",
         False,
     )
-
-
-def bytes_by(specs: Sequence[LinkSpec]) -> Callable[[int, int], int]:
-    """(bytes, world) -> what a member sends to all-reduce them in its group of that size."""
-    by_world = {spec.world: spec for spec in reversed(specs)}
-
-    def bytes_for(nbytes: int, world: int) -> int:
-        spec = by_world.get(world, specs[0])
-        return cost.all_reduce_bytes(
-            spec.carrier, nbytes, world, spec.collective, spec.speed, [len(ranks) for ranks in spec.hosts]
-        )
-
-    return bytes_for
 
 
 def how_messages_travel(specs: Sequence[LinkSpec]) -> dict[str, str]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weft.update import Update
 
 Tier = Literal["stable", "beta", "contrib"]
+Trials = Literal["auto", "always", "never"]
 
 NUM_COLUMNS = (
     4  # weight, loss, stop flag, seconds, in this order: what every rank tells the others beside its gradients
@@ -432,6 +433,15 @@ class Pattern(ABC):
     def settle(self, facts: Facts, workers: int, kept: Settled | None) -> Facts:
         """With what it chose: ``kept``, or, of None, what is best by these facts."""
         return facts
+
+    @property
+    def tries(self) -> Trials:
+        """Whether its ``contenders`` are tried before a run."""
+        return "never"
+
+    def contenders(self, facts: Facts, workers: int) -> list[Settled]:
+        """What else it might choose, for a trial to decide, the best by these facts first; none: a trial is not asked for."""
+        return []
 
     def predict(
         self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str

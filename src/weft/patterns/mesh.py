@@ -11,9 +11,18 @@ from typing import ClassVar
 
 from weft.codecs.spec import NONE
 from weft.errors import Incompatible
+from weft.patterns.base import Trials
 from weft.patterns.copies import COMPRESS, check_codec
 from weft.patterns.layout import AXES, SEQUENCE, Layout
-from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
+from weft.patterns.pipelined import (
+    CHUNKS,
+    MICROBATCHES,
+    PER_WORKER,
+    SCHEDULE,
+    TRIAL,
+    Pipelined,
+    check_pipelined,
+)
 from weft.patterns.split import SplitPattern
 
 
@@ -45,6 +54,7 @@ class Mesh(SplitPattern):
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
     chunks: int = field(default=1, metadata=CHUNKS)
+    trial: Trials = field(default="auto", metadata=TRIAL)
 
     compress: str = field(default=NONE, metadata=COMPRESS)
 
@@ -59,9 +69,9 @@ class Mesh(SplitPattern):
             )
         if self.pipeline > 1:
             check_pipelined(self.pipelined, self.accumulate)
-        elif self.pipelined._replace(tensor=1) != Pipelined():
+        elif self.pipelined._replace(tensor=1) != Pipelined() or self.trial != "auto":
             raise Incompatible(
-                "schedule, microbatches, stages_per_worker and chunks are of a pipeline: add -o pipeline=2, or leave them out."
+                "schedule, microbatches, stages_per_worker, chunks and trial are of a pipeline: add -o pipeline=2, or leave them out."
             )
         if self.pipeline > 1 and self.sharded > 1:
             raise Incompatible(
@@ -72,6 +82,10 @@ class Mesh(SplitPattern):
     @property
     def codec(self) -> str:
         return self.compress
+
+    @property
+    def tries(self) -> Trials:
+        return self.trial
 
     @property
     def pipelined(self) -> Pipelined:

@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.errors import ConfigError
+from weft.patterns.base import Trials
 from weft.patterns.layout import Layout
-from weft.patterns.pipelined import CHUNKS, MICROBATCHES, PER_WORKER, SCHEDULE, Pipelined, check_pipelined
+from weft.patterns.pipelined import (
+    CHUNKS,
+    MICROBATCHES,
+    PER_WORKER,
+    SCHEDULE,
+    TRIAL,
+    Pipelined,
+    check_pipelined,
+)
 from weft.patterns.split import SplitPattern
 
 
@@ -34,12 +43,17 @@ class Pipeline(SplitPattern):
     microbatches: int = field(default=0, metadata=MICROBATCHES)
     stages_per_worker: int = field(default=0, metadata=PER_WORKER)
     chunks: int = field(default=1, metadata=CHUNKS)
+    trial: Trials = field(default="auto", metadata=TRIAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stages is not None:
             self._at_least_one("stages", "nothing is cut")
         check_pipelined(self.pipelined, self.accumulate)
+
+    @property
+    def tries(self) -> Trials:
+        return self.trial
 
     @property
     def pipelined(self) -> Pipelined:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from weft.config import Settled
 from weft.cost import GIGABIT, UNMEASURED, LinkSpeed
 from weft.errors import ConfigError
 from weft.patterns.base import Facts, ItemFact, PipelineFacts
@@ -24,6 +25,7 @@ AUTO = "auto"
 CHANNEL = "stage "  # how the names of its groups begin
 #: What a link may be, from the worst to the best: between processes of one host, and anywhere.
 IN_HOST = (LinkSpeed(1e-3, 3e8), UNMEASURED, LinkSpeed(10e-6, 1e10))
+MOST, WITHIN = 5, 0.15  # that are tried: so many, predicted to take so much longer than the best at most
 WORTH = 0.05  # of a step: for less nobody has to measure
 ANYWHERE = (LinkSpeed(0.2, 1e5), LinkSpeed(1e-3, 1e7), GIGABIT, LinkSpeed(10e-6, 1e11))
 MICROBATCHES_PER_WORKER = 4  # where the user does not say: a bubble of a fifth at most
@@ -33,6 +35,9 @@ MICROBATCHES: dict[str, Any] = {
     "doc": f"pieces of a share that flow through the stages; 0: {MICROBATCHES_PER_WORKER} for each worker"
 }
 PER_WORKER: dict[str, Any] = {"doc": "stages on each worker; 0: what the schedule takes"}
+TRIAL: dict[str, Any] = {
+    "doc": "before the run, steps of each schedule that may be quickest, in its place; auto: where that takes less than a twentieth of the run"
+}
 CHUNKS: dict[str, Any] = {
     "doc": "pieces of time in which a recurrent model takes each sequence, so that its layers work on it at once; 1: none"
 }
@@ -138,15 +143,36 @@ def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
         return Chosen(lists, stages, in_words(schedule, kept.stages_per_worker), held, kept.why)
     ranked = _rank(known, asked, workers)
     one = _best(ranked)
-    lists = program(one.schedule, workers, facts.pipeline.microbatches, one.stages_per_rank, asked.chunks)
     stages = one.partition.stages
-    return Chosen(
-        lists,
-        stages,
-        one.words,
-        peak_activations(lists, known.costs_of(stages)),
-        "; ".join([_why(ranked), slowest_in_words(known.measured.values(), known.speed)]),
-    )
+    held = peak_activations(one.predicted.program, known.costs_of(stages))
+    why = "; ".join([_why(ranked), slowest_in_words(known.measured.values(), known.speed)])
+    return Chosen(one.predicted.program, stages, one.words, held, why)
+
+
+def contenders(facts: Facts, asked: Pipelined, workers: int, of: str) -> list[Settled]:
+    """Of those that fit the memory, what might be the quickest as far as predictions go, the best of them first; and of these the simplest, since what
+    predictions leave out speaks for it. ``of``: as in Settled."""
+    known = Known(facts, asked)
+    ranked = _rank(known, asked, workers)
+    chosen = _best(ranked)
+    near = [one for one in ranked if one.fits and one.step_s <= (1 + WITHIN) * chosen.step_s]
+    unlike: dict[Any, Ranked] = {}
+    for one in (chosen, *near):
+        unlike.setdefault((one.predicted.program.actions, one.partition.stages), one)
+    near = list(unlike.values())
+    simplest = min(near, key=lambda one: one.simplicity)
+    among = [one for k, one in enumerate(near) if k < MOST - 1 or one is simplest][:MOST]
+    speed = slowest_in_words(known.measured.values(), known.speed)
+    return [
+        Settled(
+            of=of,
+            schedule=one.schedule.name,
+            stages_per_worker=one.stages_per_rank,
+            items=[len(items) for items in one.partition.stages],
+            why=speed,
+        )
+        for one in among
+    ]
 
 
 def _best(ranked: Sequence[Ranked]) -> Ranked:

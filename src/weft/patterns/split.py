@@ -44,6 +44,7 @@ from weft.patterns.pipelined import (
     at_least_s,
     channel_name,
     choose,
+    contenders,
     goes_by_link,
     num_microbatches,
     pair_name,
@@ -177,6 +178,11 @@ class SplitPattern(Pattern):
                 why=chosen.why,
             )
         return msgspec.structs.replace(facts, pipeline=msgspec.structs.replace(facts.pipeline, settled=kept))
+
+    def contenders(self, facts: Facts, workers: int) -> list[Settled]:
+        if facts.pipeline is None or self.tries == "never":
+            return []
+        return contenders(facts, self.pipelined, self.layout(workers).pipeline, self.settles(facts, workers))
 
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
         if (chosen := self.chosen(facts, config.workers)) is None:
@@ -452,14 +458,19 @@ class SplitPattern(Pattern):
             return Other(who, use, takes_s, memory * on_host(facts, workers))
 
         own = seconds(facts, self, layout)
+        simulated_s = sum(own.values())
         copies = Copies()
         fewer = [other(copies, 1, "one worker alone", "--pattern allreduce --workers 1")]
         for pattern, workers, use in self._halves(config.workers):
             fewer.append(other(pattern, workers, f"a half of them ({pattern.layout(workers)})", use))
         whole = f"--pattern allreduce --workers {config.workers}"
         replicas = other(copies, config.workers, "as many copies", whole)
-        words = advice(facts, sum(own.values()), fewer, replicas) if config.workers > 1 else ""
-        return StepPlan(seconds=own, link=link_in_words(facts), advice=words)
+        words = advice(facts, simulated_s, fewer, replicas) if config.workers > 1 else ""
+        plan = StepPlan(seconds=own, link=link_in_words(facts), advice=words)
+        if facts.pipeline is None or facts.pipeline.settled is None or not (tried_s := facts.pipeline.settled.tried_s):
+            return plan
+        as_tried = {name: part * tried_s / simulated_s for name, part in own.items()}
+        return msgspec.structs.replace(plan, seconds=as_tried, simulated_s=simulated_s)
 
     def _halves(self, workers: int) -> Iterator[tuple[SplitPattern, int, str]]:
         """The same with half of the workers on one of its axes, more than one of them, and how to ask for it."""

@@ -28,6 +28,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]  # predicted, by what they go into
     link: str  # "link 16 Gbit/s assumed"
     advice: str = ""  # where fewer workers would be quicker
+    simulated_s: float = 0.0  # the whole, where ``seconds`` are those of a trial; 0: nobody tried
 
     @property
     def whole_s(self) -> float:

@@ -104,7 +104,8 @@ def _step_facts(plan: Plan) -> list[tuple[str, Text]]:
         return []
     parts = " + ".join(f"{what} {format_seconds(seconds)}" for what, seconds in plan.step.seconds.items() if seconds)
     predicted = (format_seconds(plan.step.whole_s), "bold")
-    return [("step", Text.assemble(predicted, f" predicted: {parts} ({plan.step.link})"))]
+    how = f"tried ({format_seconds(plan.step.simulated_s)} simulated)" if plan.step.simulated_s else "predicted"
+    return [("step", Text.assemble(predicted, f" {how}: {parts} ({plan.step.link})"))]
 
 
 # -------------------------------------------------------------------------------------------------------- live view
