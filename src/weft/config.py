@@ -34,7 +34,6 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     stages_per_worker: int
     items: list[int]  # in each stage
     why: str
-    tried_s: float = 0.0  # what a step of it took before the run; 0: nobody tried
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

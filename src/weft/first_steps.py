@@ -18,6 +18,7 @@ from weft.patterns import registry
 from weft.patterns.base import Context, Facts, SafePoint
 from weft.patterns.preflight import own_device
 from weft.patterns.training import Exchange, Replica
+from weft.resilience.faulty_task import strike_task
 from weft.update import Update
 
 
@@ -30,7 +31,8 @@ def first_steps(
     steps: int,
     watch: Callable[[Replica, Exchange, Update], None] | None = None,
 ) -> Iterator[Iterator[SafePoint]]:
-    """A safe point after each. Of the config's faults those count that last from the start: a network that is slow."""
+    """A safe point after each. Of the config's faults those count that last from the start: a network, or a
+    worker, that is slow."""
     torch.set_num_threads(config.threads)
     pattern, rank = registry.build(config.pattern, config.pattern_options), seat.spec.member
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
@@ -40,8 +42,10 @@ def first_steps(
         links: dict[str, Link] = {name: at_end.enter_context(contextlib.closing(seat.link(name))) for name in names}
         if lasting:
             links = {name: FaultyLink(link, lasting, step=lambda: 0, rank=rank) for name, link in links.items()}
+        task = load_task(config.task)
+        strike_task(task, [fault for fault in lasting if fault.rank == rank], step=lambda: 0)
         context = Context(
-            task=load_task(config.task),
+            task=task,
             pattern=pattern,
             config=config,
             facts=facts,

@@ -50,7 +50,7 @@ def learn_facts(seat: Seat) -> None:
     config = complete(job.config, task.defaults)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    facts = preflight(task, pattern, config, known_indexes(job.run_dir))
+    facts = preflight(task, pattern, config, known_indexes(job.run_dir), job.per_host)
     if job.run_dir:
         state_bytes = sum(p.nbytes for p in facts.params) + facts.optimizer_bytes + sum(b.nbytes for b in facts.buffers)
         checkpoint.check_writable(Path(job.run_dir) / CHECKPOINTS, state_bytes)

@@ -41,7 +41,8 @@ from weft.clusters.base import (
 )
 from weft.clusters.pipe import LIMIT, Closed, Pipe
 from weft.clusters.processes import ProcessSession, translate
-from weft.clusters.zygote import STOP, die_with_parent, encode_start
+from weft.clusters.zygote import STOP, encode_start
+from weft.company import die_with_parent
 from weft.cost import HIERARCHICAL
 from weft.errors import CommError, ConfigError, DeadlineExceeded, Incompatible, MemberFailed, from_wire, to_wire
 

@@ -11,7 +11,6 @@ exited.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -33,6 +32,7 @@ from weft.clusters.base import LinkSpec, MemberSpec, Seat, resolve
 from weft.clusters.pipe import Closed, Pipe
 from weft.comm.last_call import Board, LastCall
 from weft.comm.link import WORLD
+from weft.company import die_with_parent
 from weft.errors import to_wire
 
 if TYPE_CHECKING:
@@ -42,15 +42,6 @@ STOP = signal.SIGUSR1
 ASK = signal.SIGUSR2  # a member answers with its stack, also from within a call that never returns
 ASK_S = 0.5  # until those that have not answered count as silent
 QUIET_S = 0.05  # of silence: what was written is whole
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Linux: the kernel kills this process when the thread that made it ends. ``parent`` closes the race at the start."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Transport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from weft.config import Config, RunFolder
 from weft.driver import equivalence
 from weft.driver.calls import call
 from weft.driver.probe import resolve
-from weft.driver.trial import decide, settled_in
+from weft.driver.trial import decide, pays
 from weft.events import Event
 from weft.patterns import registry
 from weft.patterns.base import Facts, Pattern, left_behind
@@ -39,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     facts: Facts | None = None
     total_steps: int = 0
     save_every: int = 0  # 0: only at the end
+    per_host: int = 1  # workers on the host that has the most
     resume_from: str = ""
 
 
@@ -65,7 +65,8 @@ def prepare(
 ) -> Prepared:
     """Learn the facts in a throw-away member, choose what is `auto`, make the plan. ``found``: the checkpoint to go on from, if
     any; ``notes``: what else to say in the plan."""
-    job = Job(config=config, run_dir=str(folder.path) if folder else "")
+    per_host = max(map(len, session.hosts), default=config.workers)
+    job = Job(config=config, run_dir=str(folder.path) if folder else "", per_host=per_host)
     reply = call(session, observer, "weft.member:learn_facts", msgspec.to_builtins(job))
     config = msgspec.convert(reply["config"], Config, strict=False)
     facts = msgspec.convert(reply["facts"], Facts, strict=False)
@@ -76,7 +77,8 @@ def prepare(
     chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)
     compat.check_collective(config.collective, chosen)
 
-    def links_of(pattern: Pattern, facts: Facts) -> list[LinkSpec]:
+    def links_of(pattern: Pattern, facts: Facts, speed: cost.LinkSpeed | None = None) -> list[LinkSpec]:
+        """``speed``: of the link of all workers, where it was measured."""
         return [
             LinkSpec(
                 cost.carrier_aside(chosen, config.link) if group.aside else chosen,
@@ -90,30 +92,42 @@ def prepare(
                 members=group.members,
                 collective=config.collective,
                 hosts=hosts_of(group.members, session.hosts) if chosen == cost.HIERARCHICAL else (),
+                speed=speed if k == 0 else None,
             )
-            for group in pattern.groups(facts, config.workers)
+            for k, group in enumerate(pattern.groups(facts, config.workers))
         ]
 
-    begun = config.measured
     resolved = resolve(config, facts, pattern, links_of(pattern, facts)[0], session, observer)
-    total = config.total_steps(facts.train_examples)
-    resolved.pattern.check(resolved.facts, resolved.config)
-    if begun is None or begun.pipeline != settled_in(resolved.facts):
-        resolved = decide(resolved, links_of, total, session, observer)
     config, facts, pattern = resolved.config, resolved.facts, resolved.pattern
-    links = links_of(pattern, facts)
-    links[0] = dataclasses.replace(links[0], speed=resolved.speed)
+    pattern.check(facts, config)
+    total = config.total_steps(facts.train_examples)
+    compared = equivalence.announce(config, facts, pattern, total)
+    here = -(-config.workers // max(1, len(session.hosts)))
+
+    def shortage() -> Shortage | None:
+        if facts.device != "cpu":
+            return None
+        return memory_shortage(memory_of(pattern, facts, config, chosen), here, facts.memory_left, pattern.splits)
+
+    if (short := shortage()) and short.certain and folder is not None:
+        raise errors.ConfigError(short.text)
+    left = total - (found["step"] if found else 0)
+    if resolved.is_new and not short and pays(resolved, links_of, left):
+        if folder is not None or pattern.tries == "always":
+            resolved = decide(resolved, links_of, total, left, session, observer)
+            config, facts = resolved.config, resolved.facts
+            short = shortage()
+        else:
+            notes = [
+                *notes,
+                "before the run, steps of what may be quickest are tried: to try them here, too, -o trial=always",
+            ]
+    links = links_of(pattern, facts, resolved.speed)
     if found:
         notes = [*about_handover(found, config), *notes]
-    compared = equivalence.announce(config, facts, pattern, total)
     save_every = save_interval(config, total, pattern.period(facts, config))
-    plan = make_plan(config, facts, pattern, links, total, save_every, why, [*notes, *session.notes])
-    here = -(-config.workers // max(1, len(session.hosts)))
-    if facts.device == "cpu" and (
-        short := memory_shortage(plan.members[0].memory, here, facts.memory_left, pattern.splits)
-    ):
-        if short.certain and folder is not None:
-            raise errors.ConfigError(short.text)
+    plan = make_plan(config, facts, pattern, links, total, save_every, why, [*notes, *session.notes], resolved.tried_s)
+    if short:
         plan.notes.insert(0, short.text)
     if resolved.choice:
         plan.choices["compress"] = resolved.choice
@@ -147,6 +161,14 @@ def about_handover(found: Mapping[str, Any], config: Config) -> list[str]:
     return ["; ".join([f"goes on from {of}", *lost])]
 
 
+def memory_of(pattern: Pattern, facts: Facts, config: Config, carrier: str) -> dict[str, int]:
+    """Of a worker, by purpose."""
+    memory = pattern.memory(facts, config.workers, carrier)
+    if training := facts.indexes.get("training"):
+        memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
+    return memory
+
+
 def make_plan(
     config: Config,
     facts: Facts,
@@ -156,6 +178,7 @@ def make_plan(
     save_every: int,
     why: str,
     more_notes: Sequence[str] = (),
+    tried_s: float = 0.0,
 ) -> Plan:
     carrier = specs[0].carrier
     num = pattern.shares(config.workers)
@@ -165,10 +188,8 @@ def make_plan(
     ]
     if facts.owned:
         shares = [round(config.batch * owned / sum(facts.owned)) for owned in facts.owned]
-    memory = pattern.memory(facts, config.workers, carrier)
-    if training := facts.indexes.get("training"):
-        memory = memory | {"data": min(training.buffer_bytes, sum(file.size for file in training.files))}
-    step = pattern.predict(facts, config, bytes_by(specs), carrier)
+    memory = memory_of(pattern, facts, config, carrier)
+    step = pattern.predict(facts, config, bytes_by(specs), carrier, tried_s)
     return Plan(
         task=config.task.name,
         pattern=config.pattern,

@@ -108,6 +108,8 @@ class Resolved:
     speed: LinkSpeed | None
     choice: str = ""
     news: dict[str, Any] | None = None
+    is_new: bool = False  # a pipeline was chosen now, not kept
+    tried_s: float = 0.0  # what a step of it has taken in a trial; 0: nobody tried
 
 
 def resolve(
@@ -197,7 +199,7 @@ def _settled(config: Config, facts: Facts, link: LinkSpec, measured: Measured | 
     pattern = registry.build(config.pattern, config.pattern_options)
     speed = LinkSpeed(measured.latency_s, measured.bytes_per_s) if measured and measured.bytes_per_s else None
     facts = msgspec.structs.replace(facts, speed=speed)
-    news = None
+    news, is_new = None, False
     if facts.pipeline is not None:
         measured = measured or Measured(world=link.world, carrier=link.carrier)
         pipeline = msgspec.structs.replace(facts.pipeline, speeds=measured.neighbours)
@@ -205,11 +207,11 @@ def _settled(config: Config, facts: Facts, link: LinkSpec, measured: Measured | 
         assert facts.pipeline is not None
         if facts.pipeline.settled != measured.pipeline:
             measured = msgspec.structs.replace(measured, pipeline=facts.pipeline.settled)
-            news = msgspec.to_builtins(measured)
+            news, is_new = msgspec.to_builtins(measured), True
     config = msgspec.structs.replace(config, measured=measured)
     told = f"auto, {how}" if how else "auto"
     choice = f"{measured.compress} ({told}: {measured.why})" if measured and measured.compress else ""
-    return Resolved(config, facts, pattern, speed, choice, news)
+    return Resolved(config, facts, pattern, speed, choice, news, is_new)
 
 
 def with_compress(config: Config, compress: str) -> Config:

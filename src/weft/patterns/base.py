@@ -387,10 +387,16 @@ class Pattern(ABC):
         return rank
 
     def learn(
-        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        batch: Callable[[int], Any],
+        held_out: Any,
+        config: Config,
+        beside: int = 0,
     ) -> dict[str, Any]:
-        """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. Called in a
-        throw-away process."""
+        """What it has to know about a model before it takes it apart: fields of Facts. ``batch``: one of so many examples. ``beside``: other workers that will
+        compute on this host at the same time, each on a core. Called in a throw-away process."""
         return {}
 
     def check(self, facts: Facts, config: Config) -> None:
@@ -444,9 +450,9 @@ class Pattern(ABC):
         return []
 
     def predict(
-        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str
+        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str, tried_s: float = 0.0
     ) -> StepPlan | None:
-        """How long a step takes; None: it does not say."""
+        """How long a step takes; None: it does not say. ``tried_s``: what one has taken in a trial; 0: nobody tried."""
         return None
 
     def exchanges_per_step(self, facts: Facts, config: Config) -> float:

@@ -150,18 +150,21 @@ def choose(facts: Facts, asked: Pipelined, workers: int) -> Chosen:
 
 
 def contenders(facts: Facts, asked: Pipelined, workers: int, of: str) -> list[Settled]:
-    """Of those that fit the memory, what might be the quickest as far as predictions go, the best of them first; and of these the simplest, since what
-    predictions leave out speaks for it. ``of``: as in Settled."""
+    """Of those that fit the memory, what might be the quickest as far as predictions go: what is chosen by these first, then the quickest; and the simplest, since
+    what predictions leave out speaks for it. None where none fits. ``of``: as in Settled."""
     known = Known(facts, asked)
     ranked = _rank(known, asked, workers)
     chosen = _best(ranked)
+    if not chosen.fits:
+        return []
     near = [one for one in ranked if one.fits and one.step_s <= (1 + WITHIN) * chosen.step_s]
     unlike: dict[Any, Ranked] = {}
     for one in (chosen, *near):
         unlike.setdefault((one.predicted.program.actions, one.partition.stages), one)
     near = list(unlike.values())
-    simplest = min(near, key=lambda one: one.simplicity)
-    among = [one for k, one in enumerate(near) if k < MOST - 1 or one is simplest][:MOST]
+    simplest, among = min(near, key=lambda one: one.simplicity), near[:MOST]
+    if all(one is not simplest for one in among):
+        among[-1] = simplest
     speed = slowest_in_words(known.measured.values(), known.speed)
     return [
         Settled(

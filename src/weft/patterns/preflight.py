@@ -38,8 +38,10 @@ from weft.task import Task
 from weft.usage import memory_left
 
 
-def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, Index] | None = None) -> Facts:
-    """``known``: the indexes of a run that is resumed; its shards must be as they were."""
+def preflight(
+    task: Task, pattern: Pattern, config: Config, known: Mapping[str, Index] | None = None, per_host: int = 1
+) -> Facts:
+    """``known``: the indexes of a run that is resumed; its shards must be as they were. ``per_host``: workers that will share this host."""
     name = type(task).__name__
     left = memory_left()
     device = choose_device(config.device, config.link)
@@ -115,6 +117,8 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
     totals = Totals(task, shapes)
     totals.add(sums)
     totals.summary()
+    cores = max(1.0, len(os.sched_getaffinity(0)) / config.threads)
+    beside = min(per_host, int(cores)) - 1 if device.type == "cpu" else 0
     momentum = momentum_before(task, pattern, optimizer, config.total_steps(data.num_train), bool(sparse))
     facts = Facts(
         params=[
@@ -136,13 +140,13 @@ def preflight(task: Task, pattern: Pattern, config: Config, known: Mapping[str, 
         about_data=data.notes,
         owned=data.owned,
         rate_drops_at=drop,
-        cores=max(1.0, len(os.sched_getaffinity(0)) / config.threads),
+        cores=cores,
         memory_left=left,
         optimizer=type(optimizer).__name__,
         elementwise=type(optimizer) in ELEMENTWISE,
         momentum=None if isinstance(momentum, str) else momentum,
         momentum_stays=momentum if isinstance(momentum, str) else "",
-        **pattern.learn(task, model, batch_of, held_out, config),
+        **pattern.learn(task, model, batch_of, held_out, config, beside),
         made_whole=made_whole,
         step_alone=writes[0] if writes else shared_step.why_not(model, optimizer, bool(sparse)),
     )

@@ -250,7 +250,13 @@ class SplitPattern(Pattern):
     # -- what it can do
 
     def learn(
-        self, task: Task, model: torch.nn.Module, batch: Callable[[int], Any], held_out: Any, config: Config
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        batch: Callable[[int], Any],
+        held_out: Any,
+        config: Config,
+        beside: int = 0,
     ) -> dict[str, Any]:
         from weft.patterns.blocks import find_blocks
 
@@ -286,7 +292,9 @@ class SplitPattern(Pattern):
             microbatches = num_microbatches(self.pipelined, layout.pipeline, share, least_examples(model))
             examples, chunks = -(-share // microbatches), self.pipelined.chunks
             # no schedule of time chunks splits the backward, and of a recurrent block torch's split is dear
-            known = learn_stages(task, model, batch, held_out, examples, microbatches, parted=parted, split=chunks == 1)
+            known = learn_stages(
+                task, model, batch, held_out, examples, microbatches, parted=parted, split=chunks == 1, beside=beside
+            )
             learned["pipeline"] = learn_chunks(task, model, batch(examples), known, chunks)
         return learned
 
@@ -434,7 +442,7 @@ class SplitPattern(Pattern):
     # -- how long it takes
 
     def predict(
-        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str
+        self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str, tried_s: float = 0.0
     ) -> StepPlan | None:
         if not facts.step_s:
             return None
@@ -458,19 +466,15 @@ class SplitPattern(Pattern):
             return Other(who, use, takes_s, memory * on_host(facts, workers))
 
         own = seconds(facts, self, layout)
-        simulated_s = sum(own.values())
+        takes_s = tried_s or sum(own.values())
         copies = Copies()
         fewer = [other(copies, 1, "one worker alone", "--pattern allreduce --workers 1")]
         for pattern, workers, use in self._halves(config.workers):
             fewer.append(other(pattern, workers, f"a half of them ({pattern.layout(workers)})", use))
         whole = f"--pattern allreduce --workers {config.workers}"
         replicas = other(copies, config.workers, "as many copies", whole)
-        words = advice(facts, simulated_s, fewer, replicas) if config.workers > 1 else ""
-        plan = StepPlan(seconds=own, link=link_in_words(facts), advice=words)
-        if facts.pipeline is None or facts.pipeline.settled is None or not (tried_s := facts.pipeline.settled.tried_s):
-            return plan
-        as_tried = {name: part * tried_s / simulated_s for name, part in own.items()}
-        return msgspec.structs.replace(plan, seconds=as_tried, simulated_s=simulated_s)
+        words = advice(facts, takes_s, fewer, replicas) if config.workers > 1 else ""
+        return StepPlan(seconds=own, link=link_in_words(facts), advice=words, tried_s=tried_s)
 
     def _halves(self, workers: int) -> Iterator[tuple[SplitPattern, int, str]]:
         """The same with half of the workers on one of its axes, more than one of them, and how to ask for it."""
@@ -480,6 +484,8 @@ class SplitPattern(Pattern):
         for change in changes:
             if change.get(TENSOR) == 1 and self.spreads:
                 change = {**change, "sequence": False}
+            if change.get(PIPELINE) == 1:
+                change = {**change, "trial": "auto"}
             with contextlib.suppress(ConfigError):
                 pattern = dataclasses.replace(self, **change)
                 pattern.layout(workers // 2)

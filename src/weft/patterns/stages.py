@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from weft.company import company
 from weft.errors import Incompatible, TaskError
 from weft.patterns.base import ItemFact, PipelineFacts
 from weft.patterns.blocks import find_blocks
@@ -34,7 +35,7 @@ from weft.patterns.saved import own
 from weft.task import Task
 
 REST = "the rest"  # the item after the last block
-MIN_PASSES, MAX_PASSES, PASSES_S = 2, 5, 3.0  # that are timed, and until when another is begun
+MIN_PASSES, MAX_PASSES, PASSES_S = 2, 10, 5.0  # that are timed, and until when another is begun
 
 
 CALLED = "_call_impl"  # of a module: forward with all its hooks, which may exchange what forward has made
@@ -412,9 +413,10 @@ def learn(
     *,
     parted: Collection[str] = (),
     split: bool = True,
+    beside: int = 0,
 ) -> PipelineFacts:
     """``examples``: of each of the ``microbatches``. ``held_out``: a batch to evaluate. ``parted``: blocks after which there is no cut. ``split``:
-    backward is to be measured in two. Leaves the model's gradients as they were."""
+    backward is to be measured in two, ``beside`` so many others that compute. Leaves the model's gradients as they were."""
     batch = batch_of(examples)
     who = type(task).__name__
     blocks = [name for name in find_blocks(task, model) if name not in parted]
@@ -474,7 +476,8 @@ def learn(
                 )
         params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         weights = [[p for n, p in params.items() if k in found[n]] for k in range(len(blocks) + 1)]
-        items, unsplit = profile(task, model, cuts, batch, weights, split)
+        with company(beside, lambda: pass_on(task, model, cuts, batch)):
+            items, unsplit = profile(task, model, cuts, batch, weights, split)
     finally:
         cuts.undo()
         for n, p in model.named_parameters():
@@ -488,6 +491,14 @@ def learn(
         microbatches=microbatches,
         unsplit=unsplit,
     )
+
+
+@torch.no_grad()
+def pass_on(task: Task, model: nn.Module, cuts: Cuts, batch: Any) -> None:
+    """What another worker does meanwhile, in a copy of this process."""
+    torch.set_num_threads(1)  # of the others that the copied process had none is here
+    cuts.compute = plainly
+    cuts.run(lambda: task.loss(model, batch), 0, len(cuts.blocks) + 1, None)
 
 
 def profile(

@@ -28,10 +28,11 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]  # predicted, by what they go into
     link: str  # "link 16 Gbit/s assumed"
     advice: str = ""  # where fewer workers would be quicker
-    simulated_s: float = 0.0  # the whole, where ``seconds`` are those of a trial; 0: nobody tried
+    tried_s: float = 0.0  # what a step has taken in a trial before the run; 0: nobody tried
 
     @property
     def whole_s(self) -> float:
+        """As predicted."""
         return sum(self.seconds.values())
 
 

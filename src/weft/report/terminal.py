@@ -103,9 +103,10 @@ def _step_facts(plan: Plan) -> list[tuple[str, Text]]:
     if plan.step is None:
         return []
     parts = " + ".join(f"{what} {format_seconds(seconds)}" for what, seconds in plan.step.seconds.items() if seconds)
-    predicted = (format_seconds(plan.step.whole_s), "bold")
-    how = f"tried ({format_seconds(plan.step.simulated_s)} simulated)" if plan.step.simulated_s else "predicted"
-    return [("step", Text.assemble(predicted, f" {how}: {parts} ({plan.step.link})"))]
+    predicted = f"{format_seconds(plan.step.whole_s)} predicted: {parts} ({plan.step.link})"
+    if plan.step.tried_s:
+        return [("step", Text.assemble((format_seconds(plan.step.tried_s), "bold"), f" in a trial; {predicted}"))]
+    return [("step", Text(predicted))]
 
 
 # -------------------------------------------------------------------------------------------------------- live view
