@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from weft.patterns.buffers import Place, aside
 from weft.patterns.metrics import evaluating
 from weft.patterns.saved import own
 from weft.task import Task
+
+T = TypeVar("T")
 
 REST = "the rest"  # the item after the last block
 MIN_PASSES, MAX_PASSES, PASSES_S = 2, 10, 5.0  # that are timed, and until when another is begun
@@ -571,8 +573,14 @@ class Pass:
         self.forward_s[-1] = time.perf_counter() - self._begun
         self.made.append([loss])
         grads = [torch.ones_like(loss)]
+        self._later: list[tuple[int, Callable[[], None]]] = []
         for k in reversed(range(num)):
             grads = self._backward(k, grads, weights[k])
+        for k, later in self._later:  # as schedules do it that split: when what it needs has left the caches
+            begin = time.perf_counter()
+            self._try(k, later)
+            self.weight_gradient_s[k] = time.perf_counter() - begin
+        self._later.clear()
         self.output_bytes = [sum(t.numel() * t.element_size() for t in made) for made in self.made[:-1]] + [0]
         self.made.clear()
         self.given.clear()
@@ -602,15 +610,17 @@ class Pass:
             back = whole_backward(made, grads, given)
             self.backward_s[k] = self.input_gradient_s[k] = time.perf_counter() - begin
             return back
+        back, later = self._try(k, lambda: input_gradient(made, grads, given, weights))
+        self.input_gradient_s[k] = time.perf_counter() - begin
+        self._later.append((k, later))
+        return back
+
+    def _try(self, k: int, half: Callable[[], T]) -> T:
         try:
-            back, later = input_gradient(made, grads, given, weights)
-            between = time.perf_counter()
-            later()
+            return half()
         except RuntimeError as error:
             name = self.cuts.names[k] if k < len(self.cuts.names) else REST
             raise Unsplit(f"in {name}: {str(error).strip().splitlines()[0]}") from error
-        self.input_gradient_s[k], self.weight_gradient_s[k] = between - begin, time.perf_counter() - between
-        return back
 
 
 # -- backward, whole and in two
