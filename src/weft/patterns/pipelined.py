@@ -25,7 +25,8 @@ AUTO = "auto"
 CHANNEL = "stage "  # how the names of its groups begin
 #: What a link may be, from the worst to the best: between processes of one host, and anywhere.
 IN_HOST = (LinkSpeed(1e-3, 3e8), UNMEASURED, LinkSpeed(10e-6, 1e10))
-MOST, WITHIN = 6, 0.30  # that are tried: so many, predicted to take so much longer than the best at most (on a slow link what is left out differs by that)
+#: Of what is tried: so many, predicted to take so much longer than the best at most. On a slow link predictions leave out as much.
+MOST, WITHIN = 6, 0.30
 WORTH = 0.05  # of a step: for less nobody has to measure
 ANYWHERE = (LinkSpeed(0.2, 1e5), LinkSpeed(1e-3, 1e7), GIGABIT, LinkSpeed(10e-6, 1e11))
 MICROBATCHES_PER_WORKER = 4  # where the user does not say: a bubble of a fifth at most
