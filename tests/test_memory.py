@@ -235,12 +235,13 @@ def events(run_dir: Path) -> Iterable[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("pattern", "workers"), [(Sharded(), 4), ("allreduce", 1), ("allreduce", 2)])
-def test_the_plan_predicts_what_the_kernel_measures(tmp_path: Path, pattern: Any, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "workers", "within"), [(Sharded(), 4, 0.1), ("allreduce", 1, 0.1), ("allreduce", 2, 0.2)]
+)
+def test_the_plan_predicts_what_the_kernel_measures(tmp_path: Path, pattern: Any, workers: int, within: float) -> None:
     """25M parameters. Of a sharded worker all but activations: a quarter of one process's state, and three of its eight blocks.
 
-    To a tenth where no gaps are left (sharded). Elsewhere glibc leaves some among what lives on, more or fewer with the timing of the thread
-    that exchanges: of 30 runs of two workers, 440 to 547 MB. A fifth still tells a copy of the gradients, or the optimizer's state, left out.
+    To a tenth, but where two workers leave glibc's gaps among what lives on: in some 25 runs they took 440 to 547 MB.
     """
     task = CodeLM(size="medium", test_windows=4)
     settings = {"workers": workers, "cluster": "local", "pattern": pattern, "batch": 8, "steps": 3}
@@ -249,7 +250,7 @@ def test_the_plan_predicts_what_the_kernel_measures(tmp_path: Path, pattern: Any
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     memory = plan["members"][0]["memory"]
     assert len(measured) == workers
-    assert max(measured) == pytest.approx(sum(memory.values()), rel=0.1 if workers == 4 else 0.2)
+    assert max(measured) == pytest.approx(sum(memory.values()), rel=within)
     if workers == 4:
         state = workers * sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
         assert max(measured) - memory["activations"] <= 0.4 * state
