@@ -42,6 +42,7 @@ from weft.data.keys import keyed
 from weft.errors import ConfigError
 from weft.options import check_positive
 from weft.task import Defaults, Task
+from weft.tasks.sparse import decline_checks
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -309,9 +310,8 @@ class Fraud(Task):
         return F.binary_cross_entropy_with_logits(logits, fraud.to(logits.dtype))
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        checks = torch.sparse.check_sparse_tensor_invariants
-        if self.sparse and not checks.is_enabled():
-            checks.disable()  # they are off: said explicitly, torch does not warn of it in Adagrad's sparse step
+        if self.sparse:
+            decline_checks()
         return torch.optim.Adagrad(params, lr=self.lr, initial_accumulator_value=HELD_BACK)
 
     def evaluate(self, model: nn.Module, batch: Any) -> dict[str, tuple[float | Tensor, float]]:
