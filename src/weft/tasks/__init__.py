@@ -32,5 +32,8 @@ TASKS: dict[str, Shipped] = {
         "weft.tasks.series:Series",
         "a GRU forecasts the Mackey-Glass series (generated), or a column of your own CSV file",
     ),
+    "wordvec": Shipped(
+        "weft.tasks.wordvec:WordVec", "word vectors (skip-gram) of Python's standard library, or of your own text"
+    ),
     "text": Shipped("weft.tasks.text:Text", "the same transformer on your own text files, streamed: --data FILE"),
 }
