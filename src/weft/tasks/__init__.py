@@ -35,5 +35,9 @@ TASKS: dict[str, Shipped] = {
     "wordvec": Shipped(
         "weft.tasks.wordvec:WordVec", "word vectors (skip-gram) of Python's standard library, or of your own text"
     ),
+    "recommend": Shipped(
+        "weft.tasks.recommend:Recommend",
+        "which functions will a file of the standard library call? Matrix factorisation",
+    ),
     "text": Shipped("weft.tasks.text:Text", "the same transformer on your own text files, streamed: --data FILE"),
 }
