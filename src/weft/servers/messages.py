@@ -1,0 +1,166 @@
+"""What workers and servers tell each other: msgpack of a known schema in a frame's metadata, tensors as raw bytes in its payload.
+
+    worker -> first server   Join, Ask(done)              first server -> worker   Welcome, Train, Evaluate, Finish
+    worker -> servers        Pull, Push                   servers -> worker        Values, Ack
+    first server -> others   Close, Apply, Collect, Leave others -> first          Square, State
+
+A push is held until the first server, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
+shares in the same order, each share once, and nothing of a batch that is refused.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from weft.errors import CommError
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="op", tag=str.lower):
+    pass
+
+
+class Join(Message):
+    """``model``: (name, shape, dtype) of each parameter and buffer, to be compared with the servers'."""
+
+    model: list[tuple[str, list[int], str]]
+
+
+class Welcome(Message):
+    """Payload: what no server trains (frozen parameters, buffers), end to end, as the first server has it."""
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A share that all servers have. ``loss``: its sum over examples, ``weight``: how many the task counts; ``drawn``: examples of its joined batch."""
+
+    batch: int
+    share: int
+    loss: float
+    weight: float
+    drawn: int
+
+
+class Ask(Message):
+    """For work. ``part``: the one of an evaluation that is done, its sums in the payload (float64)."""
+
+    done: Done | None = None
+    part: int | None = None
+    number: int = 0  # of that evaluation
+
+
+class Train(Message):
+    """Share ``share`` of batch ``batch``, at ``version`` or a later one."""
+
+    batch: int
+    share: int
+    version: int
+
+
+class Evaluate(Message):
+    number: int
+    part: int
+    parts: int
+    version: int
+
+
+class Finish(Message):
+    pass
+
+
+class Pull(Message):
+    """Values of ``version`` or later; none are sent if the worker ``has`` the newest."""
+
+    version: int
+    has: int = -1
+
+
+class Values(Message):
+    version: int
+
+
+class Push(Message):
+    """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched."""
+
+    batch: int
+    share: int
+    version: int
+    weight: float
+    absent: list[int] = []
+
+
+class Ack(Message):
+    batch: int
+    share: int
+
+
+class Close(Message):
+    """Batch ``batch`` of these shares is update ``version``: their sum times ``factor``. ``norm``: its square is wanted before it is applied."""
+
+    version: int
+    batch: int
+    shares: list[int]
+    factor: float
+    norm: bool = False
+
+
+class Square(Message):
+    version: int
+    value: float
+
+
+class Apply(Message):
+    """``norm``: of the whole joined gradient."""
+
+    version: int
+    norm: float
+
+
+class Collect(Message):
+    """What you hold, after ``version`` updates."""
+
+    version: int
+
+
+class State(Message):
+    """Payload: the tensors of ``tree`` (JSON), end to end, in the order of ``tensors``: (name, shape, dtype)."""
+
+    version: int
+    tree: bytes
+    tensors: list[tuple[str, list[int], str]]
+
+
+class Leave(Message):
+    """The run has ended."""
+
+
+Any = (
+    Join
+    | Welcome
+    | Ask
+    | Train
+    | Evaluate
+    | Finish
+    | Pull
+    | Values
+    | Push
+    | Ack
+    | Close
+    | Square
+    | Apply
+    | Collect
+    | State
+    | Leave
+)
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Any)
+
+
+def encode(message: Any) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Any:
+    """CommError if it is none of these."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CommError(f"a message that does not fit the schema: {error}") from error
