@@ -7,7 +7,8 @@ Kinds and their ``values``:
   ticks     steps that ended since the last tick: first, last, loss (list: mean over the joined batch, one entry a
             step), examples (joined), compute_s, exchange_s, wait_s, skew_s (of wait_s: for slower members' compute), hidden_s
             (of exchanges beside these two, while backward went on), data_s (this member's seconds), bytes_sent, messages; sent (bytes by group) where it stands in several.
-            Where the member knows its own share only: own_loss and own_weight (lists) in place of loss
+            Where the member knows its own share only: own_loss and own_weight (lists) in place of loss; neither where another
+            member tells the loss. staleness: by updates since it was read, how many shares were joined
   loss      first, last, loss (list): the joined mean, put together by the driver from all members' own
   balance   shares (examples of a joined batch by rank, from the next step on), reason
   usage     of this member's process, about once a second: pid, cpu_percent (since the one before; 100 is one core),
@@ -21,6 +22,7 @@ Kinds and their ``values``:
   eval      metrics on held-out data by name (loss among them)
   saved     path, seconds, bytes
   resumed   path, step; pattern, world: what saved it
+  left      member, cause: the others go on without it
   failed    cause, traceback
   restarted attempt, from_step
   warning   text

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +17,15 @@ import torch
 
 from weft import compat, events
 from weft.clusters.base import Seat, resolve
+from weft.comm.endpoint import Endpoint
 from weft.comm.last_call import recorder
-from weft.comm.link import WORLD, Link, tell_all
+from weft.comm.link import WORLD, Link, SoloLink, tell_all
 from weft.comm.tracing import TracedLink, measure_clock
-from weft.comm.wrappers import Fault, FaultyLink
+from weft.comm.wrappers import Fault, FaultyLink, strike
 from weft.config import CHECKPOINTS, DATA, FIRST_PART, SPANS, Config, part_of
 from weft.data.shards import Index
 from weft.driver.prepare import Job
-from weft.errors import CheckpointError, RunFolderError
+from weft.errors import CheckpointError, CommError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
@@ -96,14 +97,20 @@ def work(seat: Seat) -> None:
     task = load_task(config.task)
     pattern = registry.build(config.pattern, config.pattern_options)
     role = next(r for r in pattern.roles(config.workers) if r.name == seat.spec.role)
-    reporter = Reporter(seat, Usage(device), config.workers)
+    reporter = Reporter(seat, Usage(device), config.workers, pattern.lead(config.workers))
     resume: Resume | None = None
     if job.resume_from:
         resume = take_up(Path(job.resume_from), pattern, config, rank)
         reporter.step = resume.step
-    names = [g.name for g in pattern.groups(job.facts, config.workers) if rank in g.members]
+    groups = [g for g in pattern.groups(job.facts, config.workers) if rank in g.members]
+    names = [g.name for g in groups if not g.frames]
     spans: Spans | None = None
+    endpoint: Endpoint | None = None
     with contextlib.ExitStack() as at_end:
+        if any(g.frames for g in groups):
+            endpoint = at_end.enter_context(closing_with_reason(seat.endpoint()))
+            if config.faults:
+                strike(endpoint, [Fault.from_dict(f) for f in config.faults], step=lambda: reporter.step + 1)
         links = {name: at_end.enter_context(contextlib.closing(seat.link(name))) for name in names}
         for name, link in links.items():
             link.traffic.on_call = recorder(name, seat.note, step=lambda: reporter.step + 1)
@@ -120,7 +127,7 @@ def work(seat: Seat) -> None:
             }
             strike_task(task, [f for f in faults if f.rank == rank], step=lambda: reporter.step + 1)
         at_end.callback(reporter.close)  # what was done before an error is known, to the step
-        world = links.pop(WORLD)
+        world = links.pop(WORLD, None) or SoloLink()
         context = Context(
             task=task,
             pattern=pattern,
@@ -132,11 +139,27 @@ def work(seat: Seat) -> None:
             device=device,
             link=world,
             groups=links,
+            endpoint=endpoint,
+            save_every=job.save_every,
+            tell=reporter.send,
             stop_requested=seat.stop_requested,
             resume=resume,
             spans=spans,
         )
         drive(resolve(role.entry)(context), reporter, job, world, spans)
+
+
+@contextlib.contextmanager
+def closing_with_reason(endpoint: Endpoint) -> Iterator[Endpoint]:
+    """Who leaves in an error says so: to the others it is no end of the run."""
+    try:
+        yield endpoint
+    except BaseException as error:
+        endpoint.close(
+            error if isinstance(error, CommError) else CommError(f"{type(error).__name__}: {error}", (endpoint.member,))
+        )
+        raise
+    endpoint.close()
 
 
 def saved_under(path: Path, meta: Mapping[str, Any]) -> Pattern:
@@ -164,9 +187,11 @@ def take_up(path: Path, pattern: Pattern, config: Config, rank: int) -> Resume:
 class Reporter:
     """Tells the driver what happens, many steps in one message."""
 
-    def __init__(self, seat: Seat, usage: Usage, world: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, seat: Seat, usage: Usage, world: int, lead: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.seat, self.usage, self.clock, self.step = seat, usage, clock, 0
-        self.rank, self.world = seat.spec.member, world
+        self.rank, self.world, self.leads = seat.spec.member, world, seat.spec.member == lead
         self._sent = self._sampled = clock()
         self._joined = True
         self._clear()
@@ -187,10 +212,11 @@ class Reporter:
 
     def add(self, point: SafePoint) -> None:
         r = point.report
-        if (joined := len(r.weights) == self.world) != self._joined:
+        joined = len(r.weights) == self.world or (self.leads and bool(r.staleness))
+        if joined != self._joined:
             self.flush()  # a tick tells either the joined loss of its steps or this member's own
             self._joined = joined
-        self.step = point.version
+        self.step = max(self.step, point.version)
         self._reports.append(r)
         if r.balance is not None and self.rank == 0:
             self.send("balance", shares=r.balance.shares, reason=r.balance.reason)
@@ -205,18 +231,20 @@ class Reporter:
             losses = [
                 sum(r.losses) / weight if weight else math.nan for r, weight in zip(reports, weights, strict=True)
             ]
-            told: dict[str, Any] = {
-                "loss" if self._joined else "own_loss": [x if math.isfinite(x) else None for x in losses]
-            }
-            if not self._joined:
-                told["own_weight"] = weights
+            told: dict[str, Any] = {}
+            if any(r.losses for r in reports):
+                told["loss" if self._joined else "own_loss"] = [x if math.isfinite(x) else None for x in losses]
+                if not self._joined:
+                    told["own_weight"] = weights
+            if staleness := Counter(tau for r in reports for tau in r.staleness):
+                told["staleness"] = {str(tau): count for tau, count in sorted(staleness.items())}
             sent = Counter[str]()
             for r in reports:
                 sent.update(r.sent)
             if sent:
                 told["sent"] = dict(sent)
             told |= {name: float(sum(getattr(r, name) for r in reports)) for name in SUMS}
-            self.send("ticks", first=self._first, last=self.step, **told)
+            self.send("ticks", first=min(self._first, self.step), last=self.step, **told)
         self._sent = self.clock()
         if self._sent - self._sampled >= USAGE_S:
             self.sample()
@@ -238,6 +266,9 @@ def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | 
     save_every, eval_every = job.save_every, config.eval_every
     reporter.begin(reporter.step)
     for point in points:
+        if point.follows:
+            reporter.add(point)
+            continue
         is_new = point.version > reporter.step
         if is_new:
             reporter.add(point)
@@ -250,10 +281,10 @@ def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | 
             reporter.flush()
             with span("evaluate"):
                 metrics = point.evaluate()
-            if reporter.rank == 0:
+            if reporter.leads:
                 reporter.send("eval", **metrics)
         if point.stop and not point.ended:
-            if reporter.rank == 0:
+            if reporter.leads:
                 reporter.send("stopped", reason="asked to")
             return
 
@@ -274,7 +305,7 @@ def save(point: SafePoint, reporter: Reporter, job: Job, link: Link) -> None:
     try:
         if point.joint:
             saved = save_jointly(root, parts, link, known)
-        elif reporter.rank == 0:
+        elif reporter.leads:
             saved = checkpoint.save(root, parts, **known)
         else:
             return

@@ -17,6 +17,7 @@ from weft.cost import AUTO, LinkSpeed, all_reduce_bytes
 from weft.errors import Interrupted
 
 if TYPE_CHECKING:
+    from weft.comm.endpoint import Endpoint
     from weft.comm.link import Link
 
 PATIENCE_S = 1e7  # of a call that another deadline than its own ends
@@ -54,6 +55,7 @@ class LinkSpec:
     speed: LinkSpeed | None = None  # of the slowest way between two of them, where it was measured
     collective: str = AUTO  # how messages all-reduce
     hosts: tuple[tuple[int, ...], ...] = ()  # hierarchical: its ranks by host
+    frames: bool = False  # an Endpoint each: its members may go while others stay
 
     @property
     def call_s(self) -> float:
@@ -94,6 +96,10 @@ class Seat(ABC):
     @abstractmethod
     def link(self, group: str = WORLD) -> Link:
         """Join the group of this name (blocks until all its members came, or the deadline)."""
+
+    @abstractmethod
+    def endpoint(self, group: str = WORLD) -> Endpoint:
+        """The same for a group of frames."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from weft.clusters.base import (
     SessionEvent,
     resolve,
 )
+from weft.comm.endpoint import Endpoint
 from weft.comm.inproc import inproc_endpoints
 from weft.comm.last_call import LastCall
 from weft.comm.link import WORLD, Link, SoloLink
@@ -96,7 +97,7 @@ def _set_num_threads(number: int) -> None:
 
 
 class ThreadSeat(Seat):
-    def __init__(self, spec: MemberSpec, session: InProcessSession, links: Mapping[str, Link]) -> None:
+    def __init__(self, spec: MemberSpec, session: InProcessSession, links: Mapping[str, Link | Endpoint]) -> None:
         self.spec, self._session, self._links = spec, session, links
 
     def send(self, message: dict[str, Any]) -> None:
@@ -109,7 +110,14 @@ class ThreadSeat(Seat):
         self._session.calls[self.spec.member] = call
 
     def link(self, group: str = WORLD) -> Link:
-        return self._links[group]
+        link = self._links[group]
+        assert isinstance(link, Link)
+        return link
+
+    def endpoint(self, group: str = WORLD) -> Endpoint:
+        endpoint = self._links[group]
+        assert isinstance(endpoint, Endpoint)
+        return endpoint
 
 
 class InProcessSession(Session):
@@ -121,7 +129,7 @@ class InProcessSession(Session):
         self._members: dict[int, threading.Thread] = {}  # those started last
         self._running: dict[threading.Thread, int] = {}  # whoever takes one out tells that it has ended
         self._give_up_at = math.inf
-        self._links: list[dict[str, Link]] = []
+        self._links: list[dict[str, Link | Endpoint]] = []
         self._before: tuple[Any, int] | None = (_random_state(), _num_threads())  # the caller's own
 
     def start(self, members: Sequence[MemberSpec], links: Sequence[LinkSpec]) -> None:
@@ -144,16 +152,18 @@ class InProcessSession(Session):
             thread.start()
 
     @staticmethod
-    def _make_links(spec: LinkSpec, baton: Baton) -> list[Link]:
+    def _make_links(spec: LinkSpec, baton: Baton) -> Sequence[Link | Endpoint]:
         if spec.carrier == "none":
             return [SoloLink()]
         from weft.comm.collectives import RingLink
 
         endpoints = inproc_endpoints(spec.world, baton=baton, deadline_s=spec.deadline_s)
+        if spec.frames:
+            return endpoints
         chosen: dict[str, Any] = {"collective": spec.collective, "speed": spec.speed}
         return [RingLink(e, e.member, spec.world, "inproc", spec.deadline_s, **chosen) for e in endpoints]
 
-    def _live(self, spec: MemberSpec, links: Mapping[str, Link], baton: Baton) -> None:
+    def _live(self, spec: MemberSpec, links: Mapping[str, Link | Endpoint], baton: Baton) -> None:
         error: dict[str, Any] | None = None
         baton.begin(spec.member)
         try:
@@ -186,6 +196,8 @@ class InProcessSession(Session):
         """A thread cannot be killed: its exchanges fail at once, and it ends there. One that comes to none is given up."""
         for own in self._links:
             for link in own.values():
+                if isinstance(link, Endpoint):
+                    link.interrupt(CommError("this member was told to end"))
                 link.close()
         self._give_up_at = time.monotonic() + GIVE_UP_S
 

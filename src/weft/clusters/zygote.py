@@ -36,6 +36,7 @@ from weft.company import die_with_parent
 from weft.errors import to_wire
 
 if TYPE_CHECKING:
+    from weft.comm.endpoint import Endpoint
     from weft.comm.link import Link
 
 STOP = signal.SIGUSR1
@@ -81,16 +82,10 @@ class Transport:
             return ShmLink(self.region, rank, spec.deadline_s, members=spec.members)
         if spec.carrier == "tcp" and spec.store is None:
             from weft.comm.collectives import RingLink
-            from weft.comm.tcp import TcpEndpoint
 
             members = spec.members or tuple(range(spec.world))
-            addresses = {m: listener.getsockname()[:2] for m, listener in zip(members, self.listeners, strict=True)}
-            for other, listener in enumerate(self.listeners):
-                if other != rank:
-                    listener.close()
-            endpoint = TcpEndpoint(members[rank], self.listeners[rank], addresses, spec.deadline_s)
             chosen: dict[str, Any] = {"collective": spec.collective, "speed": spec.speed}
-            return RingLink(endpoint, rank, spec.world, "tcp", spec.deadline_s, members=members, **chosen)
+            return RingLink(self.endpoint(rank), rank, spec.world, "tcp", spec.deadline_s, members=members, **chosen)
         if spec.carrier in ("tcp", "hierarchical"):
             from weft.comm.hierarchical import join_by_store, join_hosts
             from weft.comm.torchdist import connect_store
@@ -115,6 +110,18 @@ class Transport:
             meet = connect_store(s.host, s.port, prefix=s.prefix, deadline_s=spec.deadline_s)
         limits = {"deadline_s": spec.deadline_s, "call_s": spec.call_s}
         return TorchDistLink(rank, spec.world, backend=backend, store=meet, host=spec.host, **limits)
+
+    def endpoint(self, rank: int) -> Endpoint:
+        """Over TCP; ``members`` names everybody."""
+        from weft.comm.tcp import TcpEndpoint
+
+        spec = self.spec
+        members = spec.members or tuple(range(spec.world))
+        addresses = {m: listener.getsockname()[:2] for m, listener in zip(members, self.listeners, strict=True)}
+        for other, listener in enumerate(self.listeners):
+            if other != rank:
+                listener.close()
+        return TcpEndpoint(members[rank], self.listeners[rank], addresses, spec.deadline_s)
 
     def mark_dead(self, member: int) -> None:
         if self.region is not None and (rank := self.spec.rank_of(member)) is not None:
@@ -152,10 +159,18 @@ class ForkedSeat(Seat):
         self._board.write(self.spec.member, call)
 
     def link(self, group: str = WORLD) -> Link:
+        transport, rank = self._place(group)
+        return transport.link(rank)
+
+    def endpoint(self, group: str = WORLD) -> Endpoint:
+        transport, rank = self._place(group)
+        return transport.endpoint(rank)
+
+    def _place(self, group: str) -> tuple[Transport, int]:
         for transport in self._transports:
             rank = transport.spec.rank_of(self.spec.member)
             if transport.spec.group == group and rank is not None:
-                return transport.link(rank)
+                return transport, rank
         raise LookupError(f"member {self.spec.member} stands in no group {group!r}")
 
 

@@ -219,6 +219,8 @@ class Endpoint(ABC):
         self._place_any = place
         try:
             while not self._events:
+                if self._interruption is not None:
+                    raise self._interruption
                 left = until - time.monotonic()
                 self._progress(max(0.0, min(left, self._ask_after_s / 4)))
                 self._look_for_silent()
@@ -299,7 +301,7 @@ class Endpoint(ABC):
         self._raise_if_lost(peers, (), doing)
 
     def interrupt(self, error: CommError) -> None:
-        """From another thread: the ``wait`` under way, and any later one, raises it, within half a second."""
+        """From another thread: the ``wait`` or ``recv_any`` under way, and any later one, raises it, within half a second."""
         self._interruption = error
 
     @property

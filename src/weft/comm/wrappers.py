@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from weft.comm.endpoint import Buffer, Endpoint, Sending
 from weft.comm.link import Link, Op
 from weft.errors import CommError, ConfigError, PeerLost
 
@@ -194,6 +195,37 @@ class FaultyLink(Link):
 
     def close(self) -> None:
         self._link.close()
+
+
+STRIKES_ENDPOINT = ("kill", "freeze", "delay", "drop", "raise_error", "throttle")
+
+
+def strike(endpoint: Endpoint, faults: Sequence[Fault], step: Callable[[], int]) -> None:
+    """Commit those of ``faults`` that concern this endpoint's member, from now on: each at a frame that it sends in its step or after it."""
+    own = [fault for fault in faults if fault.rank == endpoint.member]
+    for fault in own:
+        if fault.kind == "throttle":
+            endpoint.pace(fault.bytes_per_s)
+    left = [fault for fault in own if fault.kind in STRIKES_ENDPOINT and fault.kind != "throttle"]
+    send = endpoint.isend
+
+    def isend(peer: int, seq: int, meta: bytes, payload: Sequence[Buffer] = ()) -> Sending:
+        for fault in [fault for fault in left if fault.step is None or fault.step <= step()]:
+            if fault.step is not None:
+                left.remove(fault)
+            if fault.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault.kind == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif fault.kind == "delay":
+                time.sleep(fault.seconds)
+            elif fault.kind == "drop":
+                raise PeerLost(f"the link of member {endpoint.member} broke, as {fault} asks", (endpoint.member,))
+            elif fault.kind == "raise_error":
+                raise RuntimeError(f"raised as {fault} asks")
+        return send(peer, seq, meta, payload)
+
+    endpoint.isend = isend  # type: ignore[method-assign]
 
 
 def _flip_one_byte(tensors: Sequence[torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from weft.driver.probe import resolve
 from weft.driver.trial import decide, pays
 from weft.events import Event
 from weft.patterns import registry
-from weft.patterns.base import Facts, Pattern, left_behind
+from weft.patterns.base import Facts, Pattern, left_behind, numbered
 from weft.plan import MemberPlan, Plan
 from weft.report.human import format_bytes
 from weft.report.observers import Observer, Observers
@@ -74,18 +74,20 @@ def prepare(
     facts = msgspec.structs.replace(facts, between_hosts=len(hosts) > 1, hosts=hosts)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
-    chosen, why = pick_carrier(config.cluster, config.link, config.workers, facts.device)
+    num_members = len(numbered(pattern.roles(config.workers)))
+    chosen, why = pick_carrier(config.cluster, config.link, num_members, facts.device)
     compat.check_collective(config.collective, chosen)
 
     def links_of(pattern: Pattern, facts: Facts, speed: cost.LinkSpeed | None = None) -> list[LinkSpec]:
         """``speed``: of the link of all workers, where it was measured."""
         return [
             LinkSpec(
-                cost.carrier_aside(chosen, config.link) if group.aside else chosen,
+                cost.carrier_aside(chosen, config.link) if group.aside or group.frames else chosen,
                 len(group.members),
                 config.deadline_s,
                 nbytes=group.nbytes + HEAP_SLACK,
                 aside=group.aside,
+                frames=group.frames,
                 port=config.port if group.name == WORLD else 0,
                 device=facts.device,
                 group=group.name,
@@ -210,11 +212,12 @@ def make_plan(
                 member=m,
                 device=facts.device,
                 does=role.does,
-                examples_per_step=shares[m],
-                memory=memory,
+                examples_per_step=shares[m] if m < len(shares) else 0,
+                memory=memory
+                if role.name == "worker"
+                else pattern.memory_of(role.name, facts, config.workers, carrier),
             )
-            for role in pattern.roles(config.workers)
-            for m in range(role.count)
+            for m, role in numbered(pattern.roles(config.workers))
         ],
         links=pattern.links(facts, config, bytes_by(specs), carrier),
         step=step,
@@ -270,7 +273,7 @@ def how_messages_travel(specs: Sequence[LinkSpec]) -> dict[str, str]:
     """For the plan: by which algorithm each group all-reduces, by size; nothing where the carrier has its own way."""
     said: dict[str, str] = {}
     for spec in specs:
-        if spec.aside:  # nothing is reduced there
+        if spec.aside or spec.frames:  # nothing is reduced there
             continue
         between = len(spec.hosts) if spec.carrier == cost.HIERARCHICAL else spec.world
         if spec.carrier in (cost.HIERARCHICAL, *cost.MESSAGE_CARRIERS) and between > 1:

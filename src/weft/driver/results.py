@@ -55,8 +55,8 @@ class RunResult:
 class Totals:
     """What the result says, added up from ticks."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int, lead: int = 0) -> None:
+        self.total_steps, self.lead = total_steps, lead
         self.losses: deque[tuple[int, float]] = deque(maxlen=4 * TRAIN_LOSS_STEPS)
         self.bytes_sent = 0
         self.metrics: dict[str, float] = {}
@@ -64,17 +64,17 @@ class Totals:
         self.step = 0
         self.spent: dict[int, Spent] = {}  # by member, without step 1, which warms up
         self.saving_s = 0.0
-        self._marks: list[tuple[float, float]] = []  # (time, joined examples since the mark before) by rank 0
+        self._marks: list[tuple[float, float]] = []  # (time, joined examples since the mark before) by the lead
 
     def add(self, event: Event) -> None:
         if event.kind == "eval":
             self.metrics = dict(event.values)
-        if event.kind == "started" and event.member == 0:
+        if event.kind == "started" and event.member == self.lead:
             self._marks = [(event.time, 0.0)]
         values = event.values
         if event.kind == "equivalence":
             self.equivalence = values["text"]
-        if event.kind == "loss" or event.member == 0:
+        if event.kind == "loss" or event.member == self.lead:
             self.losses += losses_of(event)
         if event.kind == "saved" and event.step < self.total_steps:  # what comes last makes nobody wait for a step
             self.saving_s += values["seconds"]
@@ -83,9 +83,10 @@ class Totals:
             self.saving_s = 0.0
         if event.kind != "ticks":
             return
-        self._add_spent(event)
+        if event.role == "worker":
+            self._add_spent(event)
         self.bytes_sent += int(values["bytes_sent"])
-        if event.member == 0:
+        if event.member == self.lead:
             self.step = values["last"]
             self._marks.append((event.time, values["examples"]))
 

@@ -24,6 +24,7 @@ from weft.driver.results import RunResult, Totals
 from weft.errors import Interrupted, MemberFailed
 from weft.events import Event, EventLog, LossJoiner, read_events
 from weft.patterns import registry
+from weft.patterns.base import numbered
 from weft.plan import Plan
 from weft.report.observers import Observer
 from weft.resilience.policy import Failure, culprit, decide
@@ -77,7 +78,7 @@ class Driver:
     ) -> None:
         self.prepared, self.folder, self.session = prepared, folder, session
         self.observer, self.interrupts = observer, interrupts
-        self.totals = Totals(prepared.total_steps)
+        self.totals = Totals(prepared.total_steps, prepared.pattern.lead(prepared.config.workers))
         self.losses = LossJoiner(0)
         self.heard_s = 0.0
         self.heard_of: dict[int, tuple[float, int]] = {}  # by member: when it last spoke, and after which step
@@ -148,13 +149,14 @@ class Driver:
         payload = msgspec.to_builtins(job)
         members = [
             MemberSpec(m, role.name, "weft.member:work", payload)
-            for role in p.pattern.roles(config.workers)
-            for m in range(role.count)
+            for m, role in numbered(p.pattern.roles(config.workers))
         ]
+        spared = {role.name for role in p.pattern.roles(config.workers) if role.spared}
         self.losses = LossJoiner(len(members))
         self.session.start(members, p.links)
         alive = {m.member: m.role for m in members}
         failures: list[Failure] = []
+        gone: list[Failure] = []  # without them the others go on
         first_failure_s = stop_asked_s = math.inf
         self.heard_s = time.monotonic()
         self.heard_of, self.answers = {}, {}
@@ -173,7 +175,13 @@ class Driver:
                 elif isinstance(event, Exited):
                     role = alive.pop(event.member)
                     if event.failed and not killed:
-                        failures.append(failure_of(event, role))
+                        failure = failure_of(event, role)
+                        if role in spared and failure.may_be_spared and role in alive.values():
+                            gone.append(failure)
+                            self.tell("left", member=event.member, cause=failure.cause)
+                            continue
+                        failures += [*gone, failure]
+                        gone = []
                         first_failure_s = min(first_failure_s, time.monotonic())
             self.observer.on_idle()
             now = time.monotonic()

@@ -22,6 +22,7 @@ from weft.plan import LinkPlan, StepPlan
 if TYPE_CHECKING:
     import torch
 
+    from weft.comm.endpoint import Endpoint
     from weft.comm.link import Link
     from weft.config import Config
     from weft.data.balance import Decision
@@ -249,12 +250,13 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class Group:
     """Members who talk to each other, in rank order; ``nbytes``: what each exchanges, to be held where the carrier likes it; ``aside``: while
-    they compute."""
+    they compute; ``frames``: by an Endpoint, for some may go while others stay."""
 
     name: str
     members: tuple[int, ...]
     nbytes: int
     aside: bool = False
+    frames: bool = False
 
 
 #: What kinds of state only some patterns have, and leave in their checkpoints.
@@ -274,12 +276,18 @@ class Kept:
 @dataclass(frozen=True)
 class Role:
     """``entry``: "module:function" of a generator function Context -> Iterator[SafePoint]. When a member dies, the run ends,
-    or is brought back as a whole."""
+    or is brought back as a whole; of a role that can be ``spared`` the others go on, as long as one is left."""
 
     name: str
     count: int
     entry: str
     does: str
+    spared: bool = False
+
+
+def numbered(roles: Iterable[Role]) -> list[tuple[int, Role]]:
+    """Every member's number and role: those of the first role are 0, 1, ..., the others follow."""
+    return list(enumerate(role for role in roles for _ in range(role.count)))
 
 
 @dataclass
@@ -297,6 +305,9 @@ class Context:
     link: Link  # of all workers
     stop_requested: Callable[[], bool]
     groups: Mapping[str, Link] = field(default_factory=dict)  # the smaller groups it stands in, by name
+    endpoint: Endpoint | None = None  # of a pattern whose members exchange frames; ``link`` then joins nobody
+    save_every: int = 0  # as the run was told: 0 is only at the end
+    tell: Callable[..., None] = lambda kind, **values: None  # an event
     resume: Resume | None = None
     spans: Spans | None = None  # of a traced run
     watch: Callable[[Replica, Exchange, Update], None] | None = (
@@ -336,6 +347,7 @@ class StepReport:
     messages: int = 0
     balance: Decision | None = None  # the shares change
     memory: tuple[int, int] | None = None  # bytes taken at the peak of the first steps, and between steps
+    staleness: list[int] = field(default_factory=list)  # of each share that was joined: updates since it read
 
 
 @dataclass(slots=True)
@@ -343,7 +355,7 @@ class SafePoint:
     """The role's state is consistent: the driver may save, evaluate, stop here. ``stop``: all members agreed to stop.
 
     ``parts`` (by all members together): what this member writes to a checkpoint, by name; ``joint``: others than rank 0
-    write, too.
+    write, too. ``follows``: where another member leads, who alone evaluates, saves and stops; here is only what was done.
     """
 
     version: int
@@ -354,6 +366,7 @@ class SafePoint:
     joint: bool
     meta: Callable[[], dict[str, Any]]
     evaluate: Callable[[], dict[str, float]]
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -377,6 +390,10 @@ class Pattern(ABC):
 
     @abstractmethod
     def roles(self, workers: int) -> tuple[Role, ...]: ...
+
+    def lead(self, workers: int) -> int:
+        """The member that tells what all have done together."""
+        return 0
 
     def shares(self, workers: int) -> int:
         """Into how many a joined batch is cut. Workers that hold parts of one model draw the same share."""
@@ -409,6 +426,10 @@ class Pattern(ABC):
     @abstractmethod
     def memory(self, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
         """Predicted bytes on one worker by purpose."""
+
+    def memory_of(self, role: str, facts: Facts, workers: int, carrier: str) -> dict[str, int]:
+        """The same of a member of this role."""
+        return self.memory(facts, workers, carrier)
 
     def choices(self, facts: Facts, config: Config, carrier: str) -> dict[str, str]:
         """What it chose where it had a choice, and why, for the plan. Refuses what was asked for and cannot be over this carrier."""

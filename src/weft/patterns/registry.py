@@ -12,11 +12,14 @@ from weft.patterns.allreduce import AllReduce
 from weft.patterns.base import Pattern
 from weft.patterns.local_sgd import LocalSGD
 from weft.patterns.mesh import Mesh
+from weft.patterns.parameter_server import ParameterServer
 from weft.patterns.pipeline import Pipeline
 from weft.patterns.sharded import Sharded
 from weft.patterns.tensor import Tensor
 
-PATTERNS: dict[str, type[Pattern]] = {p.name: p for p in (AllReduce, LocalSGD, Sharded, Tensor, Pipeline, Mesh)}
+PATTERNS: dict[str, type[Pattern]] = {
+    p.name: p for p in (AllReduce, LocalSGD, Sharded, Tensor, Pipeline, Mesh, ParameterServer)
+}
 
 
 def build(name: str, options: Mapping[str, Any]) -> Pattern:

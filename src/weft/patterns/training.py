@@ -137,6 +137,7 @@ class Replica:
         self.optimizer_state: Callable[[], dict[str, Any]] = partial(
             optimizer_state_by_name, self.optimizer, self.params
         )
+        self.train = train
         self.feed = make_feed(train, ctx, dtype)
         test = readable(test, ctx.facts.indexes.get("held-out"))
         self.test_batches = Batches(test, task, ctx.device, dtype)
@@ -328,12 +329,18 @@ class Replica:
     @host_state_kept()
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics over all ranks, the same numbers on each."""
-        ctx = self.ctx
         self.link.barrier()  # what rank 0 saves is safe before a task's evaluation can raise
+        totals = self.evaluated(self.share, self.shares)
+        totals.join(self.link, self.ctx.device)
+        return totals.summary()
+
+    def evaluated(self, share: int, shares: int) -> Totals:
+        """Of one of so many parts of the held-out set."""
+        ctx = self.ctx
         size = max(1, EVAL_SHARE * math.ceil(ctx.config.batch / self.shares / self.pieces))
         totals = Totals(self.task, ctx.facts.sums)
-        mine = own_share(self.num_test, self.share, self.shares, neighbours="held-out" in ctx.facts.indexes)
-        longest = math.ceil(self.num_test / self.shares) if self.computes_jointly else len(mine)
+        mine = own_share(self.num_test, share, shares, neighbours="held-out" in ctx.facts.indexes)
+        longest = math.ceil(self.num_test / shares) if self.computes_jointly else len(mine)
         seed_torch(key_int(self.seed, "evaluate"))
         with evaluating(self.model):
             for start in range(0, longest, size):
@@ -343,8 +350,7 @@ class Replica:
                     parts = self._evaluate(batch)
                 if len(indices):
                     totals.add(parts)
-        totals.join(self.link, ctx.device)
-        return totals.summary()
+        return totals
 
     def state(self) -> dict[str, Any]:
         """Everything by parameter name, so that another pattern or layout can read it. All ranks call together."""

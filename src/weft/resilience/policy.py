@@ -30,6 +30,11 @@ class Failure:
         return isinstance(kind, type) and issubclass(kind, CommError) and not issubclass(kind, errors.Mismatch)
 
     @property
+    def may_be_spared(self) -> bool:
+        """It was ended from outside, or lost the others: no mistake in the task, which the others would come to as well."""
+        return self.is_echo or not self.kind
+
+    @property
     def cause(self) -> str:
         if self.kind:
             return f"{self.kind}: {self.message}"

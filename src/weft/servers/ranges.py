@@ -4,6 +4,7 @@ one large tensor lies on several servers. An optimizer that does not treat each 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,8 +39,10 @@ def cut(sizes: Mapping[str, Size], servers: int) -> list[list[Piece]]:
     result: list[list[Piece]] = [[] for _ in range(servers)]
     begin = 0
     for name, size in sizes.items():
-        for server, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            start = min(size.numel, max(0, -((begin - low) // size.itemsize)))  # the first number that begins at low or after it
+        for server, (low, high) in enumerate(itertools.pairwise(bounds)):
+            start = min(
+                size.numel, max(0, -((begin - low) // size.itemsize))
+            )  # the first number that begins at low or after it
             stop = min(size.numel, max(0, -((begin - high) // size.itemsize)))
             if start < stop:
                 result[server].append(Piece(name, start, stop))

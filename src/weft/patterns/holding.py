@@ -1,0 +1,289 @@
+"""What one server holds: its pieces of the parameters, the optimizer that steps them, and what it needs of earlier versions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weft.config import FIRST_PART
+from weft.data.keys import key_int
+from weft.errors import CheckpointError
+from weft.patterns.base import BufferFact, Context, Facts
+from weft.patterns.elementwise import is_large
+from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
+from weft.patterns.parameter_server import ParameterServer
+from weft.patterns.randomness import seed_everything
+from weft.patterns.training import first_names, stored_once, trainable
+from weft.resilience.checkpoint import unlike
+from weft.servers.ranges import Piece
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Flat:
+    """Pieces of tensors end to end in memory, those of one dtype together, and after the parameters the running buffers: what travels
+    between a worker and this server, in one stretch of ``nbytes``. Both sides make it of the same facts."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], dtypes: Mapping[str, torch.dtype], running: Sequence[BufferFact]
+    ) -> None:
+        self.pieces, self.running = list(pieces), list(running)
+        places: list[tuple[torch.dtype, int]] = [(dtypes[p.name], p.stop - p.start) for p in pieces]
+        places += [(dtype := dtype_of(b), b.nbytes // dtype.itemsize) for b in running]
+        order = sorted(range(len(places)), key=lambda k: (-places[k][0].itemsize, str(places[k][0]), k >= len(pieces)))
+        self.places: list[tuple[int, torch.dtype, int]] = [(0, torch.uint8, 0)] * len(
+            places
+        )  # begin (bytes), dtype, numel
+        self.nbytes = 0
+        for k in order:  # wide types first: each begins at a multiple of its size
+            dtype, numel = places[k]
+            self.places[k] = (self.nbytes, dtype, numel)
+            self.nbytes += numel * dtype.itemsize
+        # neighbours of one kind and dtype as one: an operation on each instead of one on each piece
+        self.stretches: list[tuple[int, torch.dtype, int]] = []
+        for k in order:
+            begin, dtype, numel = self.places[k]
+            if k >= len(pieces):
+                continue
+            if self.stretches and self.stretches[-1][1] == dtype:
+                self.stretches[-1] = (self.stretches[-1][0], dtype, self.stretches[-1][2] + numel)
+            else:
+                self.stretches.append((begin, dtype, numel))
+
+    def views(self, memory: Bytes) -> tuple[list[Tensor], list[Tensor]]:
+        """Flat tensors of each piece, and of each running buffer, in such memory."""
+        whole = torch.from_numpy(memory)
+        tensors = [whole[b : b + n * d.itemsize].view(d) for b, d, n in self.places]
+        return tensors[: len(self.pieces)], tensors[len(self.pieces) :]
+
+    def parameters(self, memory: Bytes) -> list[Tensor]:
+        """All pieces of one dtype as one tensor."""
+        whole = torch.from_numpy(memory)
+        return [whole[b : b + n * d.itemsize].view(d) for b, d, n in self.stretches]
+
+    def memory(self) -> Bytes:
+        return np.zeros(self.nbytes, np.uint8)
+
+
+def dtype_of(fact: BufferFact) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, fact.dtype))
+
+
+def flats(pattern: ParameterServer, facts: Facts) -> list[Flat]:
+    """Each server's. The first has the running buffers, too."""
+    dtypes = {p.name: cast(torch.dtype, getattr(torch, p.dtype)) for p in facts.params}
+    return [Flat(pieces, dtypes, [] if k else facts.running) for k, pieces in enumerate(pattern.pieces(facts))]
+
+
+def describe(model: nn.Module) -> list[tuple[str, list[int], str]]:
+    """Of each parameter and buffer, its name, shape and dtype."""
+    return [(n, list(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in model.state_dict().items()]
+
+
+def untrained(model: nn.Module, facts: Facts) -> list[Tensor]:
+    """What no server steps and no step changes: frozen parameters, and buffers that stay."""
+    running = {b.name for b in facts.running}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return [t.detach() for t in frozen] + [b for n, b in model.named_buffers() if n not in running]
+
+
+@dataclass
+class Pushed:
+    """A share's gradients on this server. ``absent``: places of pieces that no example touched; ``version``: on which they were computed."""
+
+    memory: Bytes
+    version: int
+    weight: float
+    worker: int
+    absent: frozenset[int] = field(default_factory=frozenset)
+
+
+class Holding:
+    """Built as every worker builds its own, or taken up from a checkpoint; then only this server's pieces are kept."""
+
+    def __init__(self, ctx: Context, flat: Flat) -> None:
+        self.flat, self.pattern = flat, cast(ParameterServer, ctx.pattern)
+        task, config = ctx.task, ctx.config
+        seed_everything(key_int(config.seed, "data"))
+        task.data()  # it may draw what model() draws after it
+        seed_everything(key_int(config.seed, "init"))
+        self.model = task.model().to(ctx.device, cast(torch.dtype, getattr(torch, config.dtype)))
+        self.first_names = first_names(self.model)
+        self.params = trainable(self.model)
+        self.optimizer = task.optimizer(list(self.params.values()))
+        self.schedule = task.schedule(self.optimizer, ctx.total_steps)
+        if ctx.resume is not None:
+            self._load(ctx.resume.parts[FIRST_PART])
+        self.version = ctx.resume.step if ctx.resume else 0
+        self.memory = flat.memory()
+        self.values, self.running = flat.views(self.memory)
+        self.joined = flat.memory()
+        self.grads, self.joined_running = flat.views(self.joined)
+        self._take_pieces()
+        self.versions: dict[int, Bytes] = {}  # as they were read, for as long as somebody is at work on them
+        self._spare: list[Bytes] = []
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if differs := unlike(state["model"], self.model.state_dict(), "the checkpoint", "the task's model"):
+            raise CheckpointError(
+                f"the checkpoint is of another model: {differs}. Resume with the task, and its options, that it was made by."
+            )
+        self.model.load_state_dict(state["model"])
+        load_optimizer_state_by_name(self.optimizer, self.params, state["optimizer"])
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def _take_pieces(self) -> None:
+        """The optimizer is left these to step, and their state to keep."""
+        names = {id(p): n for n, p in self.params.items()}
+        self.groups = [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        states = {names[id(p)]: state for p, state in self.optimizer.state.items()}
+        self.stepped: dict[str, nn.Parameter] = {}
+        for piece, values in zip(self.flat.pieces, self.values, strict=True):
+            whole = self.params[piece.name]
+            values.copy_(whole.reshape(-1)[piece.start : piece.stop])
+            is_whole = piece.stop - piece.start == whole.numel()
+            self.stepped[piece.name] = nn.Parameter(values.view(whole.shape) if is_whole else values)
+        buffers = dict(self.model.named_buffers())
+        for fact, running in zip(self.flat.running, self.running, strict=True):
+            running.copy_(buffers[fact.name].reshape(-1))
+        self.optimizer.state.clear()
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["params"] = [self.stepped[n] for n in members if n in self.stepped]
+        for piece in self.flat.pieces:
+            if piece.name in states:
+                self.optimizer.state[self.stepped[piece.name]] = cut(
+                    states[piece.name], piece, self.params[piece.name].shape
+                )
+
+    # -- versions
+
+    def read(self) -> Bytes:
+        """The values as they are now, which stay so until ``forget``."""
+        if self.version not in self.versions:
+            copy = self._spare.pop() if self._spare else self.flat.memory()
+            np.copyto(copy, self.memory)
+            self.versions[self.version] = copy
+        return self.versions[self.version]
+
+    def forget(self, needed: Iterable[int]) -> None:
+        """All versions but these, and the newest."""
+        keep = {self.version, *needed}
+        for version in [v for v in self.versions if v not in keep]:
+            self._spare.append(self.versions.pop(version))
+
+    # -- an update
+
+    @torch.no_grad()
+    def join(self, pushed: Sequence[Pushed], factor: float) -> None:
+        """The shares' sum times ``factor``, in the order in which they are given."""
+        kind = self.pattern.correction
+        targets = self.flat.parameters(self.joined)
+        now = self.flat.parameters(self.memory)
+        for k, each in enumerate(pushed):
+            late, sources = self.version - each.version, self.flat.parameters(each.memory)
+            scale = 1.0 / (late + 1) if kind == "rate" else 1.0
+            if kind == "dc" and late:  # Zheng et al. 2017, eq. 10
+                read = self.flat.parameters(self.versions[each.version])
+                strength = self.pattern.dc_lambda
+                sources = [g + strength * g * g * (w - r) for g, w, r in zip(sources, now, read, strict=True)]
+            for target, source in zip(targets, sources, strict=True):
+                if k == 0:
+                    torch.mul(source, scale, out=target)
+                else:
+                    target.add_(source, alpha=scale)
+        if factor != 1.0:
+            for target in targets:
+                target.mul_(factor)
+        self._join_running(pushed)
+        missing = frozenset.intersection(*(each.absent for each in pushed))
+        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
+            p = self.stepped[piece.name]
+            p.grad = None if k in missing else grad.view(p.shape)
+
+    def _join_running(self, pushed: Sequence[Pushed]) -> None:
+        if not self.flat.running:
+            return
+        given = [(self.flat.views(each.memory)[1], each.weight) for each in pushed]
+        total = sum(weight for _, weight in given)
+        for k, joined in enumerate(self.joined_running):
+            if joined.is_floating_point():
+                joined.zero_()
+                for buffers, weight in given:
+                    joined.add_(buffers[k], alpha=weight / total)
+            else:
+                joined.copy_(torch.stack([buffers[k] for buffers, _ in given]).amax(0))
+
+    @property
+    def square(self) -> float:
+        """Of the norm of what ``join`` has made."""
+        grads = [p.grad for p in self.stepped.values() if p.grad is not None]
+        return math.fsum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in grads)
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> None:
+        """By what ``join`` has made, times ``scale``."""
+        if scale != 1.0:
+            for target in self.flat.parameters(self.joined):
+                target.mul_(scale)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        for running, joined in zip(self.running, self.joined_running, strict=True):
+            running.copy_(joined)
+        self.version += 1
+
+    # -- state
+
+    def state(self) -> dict[str, Any]:
+        """Of this server's pieces, by parameter name."""
+        return {
+            "values": {p.name: v for p, v in zip(self.flat.pieces, self.values, strict=True)},
+            "optimizer": optimizer_state_by_name(self.optimizer, self.stepped),
+        }
+
+    @torch.no_grad()
+    def whole_state(self, parts: Sequence[Mapping[str, Any]], pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """Of all servers, as one process would have it. ``parts``: every server's ``state``, in order. Called on the first."""
+        for part, held in zip(parts, pieces, strict=True):
+            for piece in held:
+                self.params[piece.name].view(-1)[piece.start : piece.stop].copy_(part["values"][piece.name].reshape(-1))
+        buffers = dict(self.model.named_buffers())
+        for fact, running in zip(self.flat.running, self.running, strict=True):
+            buffers[fact.name].copy_(running.view(buffers[fact.name].shape))
+        states: dict[str, dict[str, Any]] = {}
+        for name, p in self.params.items():
+            found = [part["optimizer"]["state"][name] for part in parts if name in part["optimizer"]["state"]]
+            if found:
+                states[name] = {key: put_together([s[key] for s in found], key, p.shape) for key in found[0]}
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} | {"params": members}
+            for group, members in zip(parts[0]["optimizer"]["param_groups"], self.groups, strict=True)
+        ]
+        order = [name for members in self.groups for name in members if name in states]
+        return {
+            "model": stored_once(dict(self.model.state_dict()), self.first_names),
+            "optimizer": {"state": {name: states[name] for name in order}, "param_groups": groups},
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+        }
+
+
+def cut(state: Mapping[str, Any], piece: Piece, shape: Sequence[int]) -> dict[str, Any]:
+    """Of an optimizer's state of a parameter, what goes with a piece of it."""
+    if piece.stop - piece.start == math.prod(shape):
+        return dict(state)
+    return {k: v.reshape(-1)[piece.start : piece.stop].clone() if is_large(k, v) else v for k, v in state.items()}
+
+
+def put_together(values: Sequence[Any], key: str, shape: Sequence[int]) -> Any:
+    """Undoes ``cut``."""
+    if len(values) == 1 or not is_large(key, values[0]):
+        return values[0]
+    return torch.cat([v.reshape(-1) for v in values]).view(tuple(shape))

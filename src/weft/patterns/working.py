@@ -1,0 +1,307 @@
+"""The role of a worker under a parameter server: ask for a share, read what has changed, compute, push, ask again.
+
+It keeps nothing that the others need: who comes after it goes on with its share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from weft.comm.endpoint import Arrival, Lost, Silent
+from weft.comm.wire import Head
+from weft.config import FIRST_PART
+from weft.data.keys import key_int
+from weft.data.sampler import Draw
+from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
+from weft.patterns.base import Context, SafePoint, StepReport
+from weft.patterns.feeds import Feed, make_feed
+from weft.patterns.holding import Flat, describe, flats, untrained
+from weft.patterns.parameter_server import ParameterServer
+from weft.patterns.randomness import seed_everything
+from weft.patterns.training import Replica
+from weft.servers import messages as m
+from weft.update import Dense, Update
+
+
+class Feeds:
+    """Any share of any batch: a feed for each share that this worker was ever given, brought to the batch that is asked for."""
+
+    def __init__(self, ctx: Context, train: Any) -> None:
+        self.ctx, self.train = ctx, train
+        self.dtype = cast(torch.dtype, getattr(torch, ctx.config.dtype))
+        self.begin = ctx.resume.step if ctx.resume else 0
+        self._feeds: dict[int, Feed] = {}
+        self._next: dict[int, int] = {}  # the batch that each draws next
+        self._first: dict[str, Any] = {}  # the cursor where all begin
+
+    def at(self, batch: int, share: int) -> tuple[Feed, Draw]:
+        feed = self._feeds.get(share)
+        if feed is None:
+            feed = self._feeds[share] = self._make(share)
+            self._next[share] = self.begin
+        if self._next[share] > batch:
+            feed.load_state_dict(self._first)
+            self._load_stream(feed)
+            self._next[share] = self.begin
+        while True:
+            draw = feed.next()
+            self._next[share] += 1
+            if self._next[share] > batch:
+                return feed, draw
+
+    def _make(self, share: int) -> Feed:
+        train = self.train
+        if self._feeds and isinstance(train, IterableDataset):  # one that others are in the middle of
+            seed_everything(key_int(self.ctx.config.seed, "data"))
+            train, _ = self.ctx.task.data()
+        feed = make_feed(train, dataclasses.replace(self.ctx, rank=share), self.dtype)
+        if self.ctx.resume is not None:
+            feed.load_state_dict(self.ctx.resume.meta["sampler"])
+            self._load_stream(feed)
+        self._first = self._first or feed.state_dict()
+        return feed
+
+    def _load_stream(self, feed: Feed) -> None:
+        if self.ctx.resume is not None:
+            feed.load_stream_state(self.ctx.resume.parts[FIRST_PART].get("stream"))
+
+
+class Borrower(Replica):
+    """A model whose parameters are the servers'."""
+
+    def __init__(self, ctx: Context) -> None:
+        pattern = cast(ParameterServer, ctx.pattern)
+        super().__init__(
+            dataclasses.replace(ctx, resume=None), accumulate=pattern.accumulate, autocast=pattern.autocast
+        )
+        self.feeds = Feeds(ctx, self.train)
+        self.drawn_in_all = 0
+
+    def of_share(self, batch: int, share: int) -> Update:
+        """Its part of the joined gradient."""
+        seed_everything(key_int(self.seed, "share", batch, share))
+        feed, draw = self.feeds.at(batch, share)
+        self.feed, self.drawn_in_all = Located(feed, draw), draw.total
+        self.step, self.share, self.step_seed = batch, share, key_int(self.seed, "step", share) >> 1
+        return self.gradients()
+
+
+class Located:
+    """A feed of one draw."""
+
+    def __init__(self, feed: Feed, draw: Draw) -> None:
+        self.batch, self._draw = feed.batch, draw
+
+    def next(self) -> Draw:
+        return self._draw
+
+
+class Desk:
+    """A worker's side of all conversations."""
+
+    def __init__(self, ctx: Context, own: Sequence[Flat]) -> None:
+        assert ctx.endpoint is not None
+        self.endpoint, self.flats, self.lead = ctx.endpoint, own, ctx.world
+        self.servers = range(ctx.world, ctx.world + len(own))
+        self.values = [flat.memory() for flat in own]
+        self.grads = [flat.memory() for flat in own]
+        self.has = [-1] * len(own)
+        self.seq = self.bytes_sent = self.messages = 0
+        self.over = False  # the first server has closed its link with no error
+
+    def send(self, server: int, message: m.Message, payload: Sequence[Any] = ()) -> None:
+        self.seq += 1
+        meta = m.encode(message)
+        self.endpoint.isend(self.servers[server], self.seq, meta, payload)
+        self.bytes_sent += len(meta) + sum(len(each) for each in payload)
+        self.messages += 1
+
+    def hear(self) -> tuple[int, Any, Arrival]:
+        """The next message: (server, what it says, how it came). A server that is slow is waited for, one that is gone or silent is an error."""
+        while True:
+            try:
+                event = self.endpoint.recv_any(place=self._place)
+            except DeadlineExceeded:
+                continue  # nobody has anything to say; who does not even answer is told of as Silent
+            if isinstance(event, Arrival) and event.peer in self.servers:
+                return event.peer - self.lead, m.decode(event.head.meta), event
+            if isinstance(event, Lost) and event.peer in self.servers:
+                if event.error is not None:
+                    raise event.error
+                if event.left and event.peer == self.lead:
+                    self.over = True
+                    return 0, m.Finish(), Arrival(event.peer, cast(Head, None), ())
+                if not event.left:
+                    raise PeerLost(f"server {event.peer} is gone ({event.reason})", (event.peer,))
+            if isinstance(event, Silent) and event.peer in self.servers:
+                raise DeadlineExceeded(
+                    f"server {event.peer} gave no sign of life for {event.seconds:.0f} s", (event.peer,)
+                )
+
+    def _place(self, head: Head) -> Sequence[memoryview]:
+        message = m.decode(head.meta)
+        server = head.sender - self.lead
+        if isinstance(message, m.Values) and head.payload_bytes:
+            return [self.values[server].data]
+        if isinstance(message, m.Welcome):
+            self.welcome = np.empty(head.payload_bytes, np.uint8)
+            return [self.welcome.data]
+        if head.payload_bytes:
+            raise CommError(
+                f"{head.payload_bytes} bytes come with {type(message).__name__}, which has none", (head.sender,)
+            )
+        return []
+
+    def expect(self, kinds: type | tuple[type, ...]) -> tuple[int, Any]:
+        server, message, _ = self.hear()
+        if isinstance(message, m.Finish) and not isinstance(message, kinds):
+            raise Over
+        if not isinstance(message, kinds):
+            raise CommError(
+                f"server {self.servers[server]} said {type(message).__name__} out of turn", (self.servers[server],)
+            )
+        return server, message
+
+    # -- what a worker wants
+
+    def join(self, model: list[tuple[str, list[int], str]]) -> np.ndarray[Any, Any]:
+        self.send(0, m.Join(model))
+        self.expect(m.Welcome)
+        return self.welcome
+
+    def ask(self, ask: m.Ask, totals: Sequence[Any] = ()) -> m.Train | m.Evaluate | m.Finish:
+        self.send(0, ask, totals)
+        return cast(Any, self.expect((m.Train, m.Evaluate, m.Finish))[1])
+
+    def pull(self, version: int) -> list[int]:
+        """The servers' values, at that version or later, are in ``values``; which have changed."""
+        for server in range(len(self.flats)):
+            self.send(server, m.Pull(version, self.has[server]))
+        changed = []
+        for _ in self.flats:
+            server, values = self.expect(m.Values)
+            if values.version != self.has[server]:
+                changed.append(server)
+                self.has[server] = values.version
+        return changed
+
+    def push(self, batch: int, share: int, weight: float, absent: Sequence[list[int]]) -> None:
+        """``grads`` are with all servers."""
+        for server, memory in enumerate(self.grads):
+            push = m.Push(batch, share, self.has[server], weight, absent[server])
+            self.send(server, push, [memory.data])
+        for _ in self.flats:
+            self.expect(m.Ack)
+
+
+class Over(Exception):
+    """The run has ended while this worker was at something that nobody waits for."""
+
+
+class Carrier:
+    """Between the model and the memory in which its parts travel."""
+
+    def __init__(self, replica: Borrower, desk: Desk) -> None:
+        self.replica, self.desk = replica, desk
+        self.values = [flat.views(memory) for flat, memory in zip(desk.flats, desk.values, strict=True)]
+        self.grads = [flat.views(memory) for flat, memory in zip(desk.flats, desk.grads, strict=True)]
+        self.running = list(replica.running.values())
+
+    @torch.no_grad()
+    def take(self, servers: Sequence[int]) -> None:
+        """What came of them, into the model."""
+        for server in servers:
+            pieces, running = self.values[server]
+            targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[server].pieces]
+            if targets:
+                torch._foreach_copy_(targets, pieces)
+            for buffer, value in zip(self.running, running, strict=False):
+                buffer.copy_(value.view(buffer.shape))
+
+    @torch.no_grad()
+    def give(self, update: Update) -> list[list[int]]:
+        """The gradients, to where they are pushed from; the places of those that are missing, by server."""
+        missing = []
+        for flat, (pieces, running) in zip(self.desk.flats, self.grads, strict=True):
+            absent, sources, targets = [], [], []
+            for k, (piece, target) in enumerate(zip(flat.pieces, pieces, strict=True)):
+                entry = update.entries.get(piece.name)
+                if entry is None:
+                    absent.append(k)
+                    target.zero_()
+                else:
+                    sources.append(cast(Dense, entry).tensor.reshape(-1)[piece.start : piece.stop])
+                    targets.append(target)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            for buffer, target in zip(self.running, running, strict=False):
+                target.copy_(buffer.reshape(-1))
+            missing.append(absent)
+        return missing
+
+
+def flat_of(p: torch.Tensor) -> torch.Tensor:
+    """Its numbers in order, to be written to."""
+    if not p.is_contiguous():
+        p.data = p.data.contiguous()
+    return p.data.view(-1)
+
+
+def work(ctx: Context) -> Iterator[SafePoint]:
+    """Until there is nothing left to do."""
+    desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
+    replica = Borrower(ctx)
+    take_over(replica, desk.join(describe(replica.model)), ctx)
+    carrier = Carrier(replica, desk)
+    ask, totals = m.Ask(), list[Any]()
+    step = ctx.resume.step if ctx.resume else 0
+    try:
+        while not desk.over:
+            begun, sent, messages = time.perf_counter(), desk.bytes_sent, desk.messages
+            order = desk.ask(ask, totals)
+            asked = time.perf_counter()
+            if isinstance(order, m.Finish):
+                return
+            carrier.take(desk.pull(order.version))
+            pulled = time.perf_counter()
+            if isinstance(order, m.Evaluate):
+                flat = replica.evaluated(order.part, order.parts).flat
+                ask, totals = m.Ask(None, order.part, order.number), [flat.numpy().view(np.uint8).data]
+                continue
+            replica.report = report = StepReport()
+            update = replica.of_share(order.batch, order.share)
+            (loss,), weight = report.losses, update.weight
+            if not math.isfinite(loss):
+                raise TaskError(
+                    f"the loss is {loss} on rank {ctx.rank} at step {order.batch + 1}: no update was made. Lower the learning rate, "
+                    "set -o clip_norm=1.0, or look at the examples of that step."
+                )
+            absent = carrier.give(update)
+            computed = time.perf_counter()
+            desk.push(order.batch, order.share, weight, absent)
+            ask, totals = m.Ask(m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)), []
+            step = max(step, order.batch + 1)
+            report.losses, report.weights = [], []
+            report.wait_s, report.exchange_s = asked - begun, pulled - asked + time.perf_counter() - computed
+            report.bytes_sent, report.messages = desk.bytes_sent - sent, desk.messages - messages
+            yield SafePoint(step, False, False, report, dict, False, dict, dict, follows=True)
+    except Over:
+        return
+
+
+def take_over(replica: Borrower, data: np.ndarray[Any, Any], ctx: Context) -> None:
+    """What no server trains, as the first server has it."""
+    at = 0
+    with torch.no_grad():
+        for tensor in untrained(replica.model, ctx.facts):
+            part = torch.from_numpy(data[at : at + tensor.nbytes].copy()).view(tensor.dtype)
+            tensor.copy_(part.view(tensor.shape))
+            at += tensor.nbytes
