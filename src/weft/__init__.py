@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weft.patterns.local_sgd import LocalSGD as LocalSGD
     from weft.patterns.local_sgd import Outer as Outer
     from weft.patterns.mesh import Mesh as Mesh
+    from weft.patterns.parameter_server import ParameterServer as ParameterServer
     from weft.patterns.pipeline import Pipeline as Pipeline
     from weft.patterns.sharded import Sharded as Sharded
     from weft.patterns.tensor import Tensor as Tensor
@@ -43,6 +44,7 @@ _HOMES = {
     "MemberFailed": "weft.errors",
     "Mesh": "weft.patterns.mesh",
     "Outer": "weft.patterns.local_sgd",
+    "ParameterServer": "weft.patterns.parameter_server",
     "Pipeline": "weft.patterns.pipeline",
     "RunResult": "weft.driver",
     "Sharded": "weft.patterns.sharded",

@@ -16,7 +16,7 @@ from tests.laws.reference import Regression, distance, seed, train_apart, train_
 from torch import Tensor, nn
 
 import weft
-from weft import AllReduce, LocalSGD, Mesh, Outer, Pipeline, Sharded
+from weft import AllReduce, LocalSGD, Mesh, Outer, ParameterServer, Pipeline, Sharded
 from weft.codecs import spec
 from weft.compare import diff_runs, final_parameters
 from weft.config import RunFolder
@@ -54,6 +54,7 @@ LAYOUTS: dict[str, tuple[Pattern, int]] = {
     "data x tensor": (Mesh(data=2, tensor=2), 4),
     "data x pipeline": (Mesh(data=2, pipeline=2), 4),
     "sharded x tensor": (Mesh(sharded=2, tensor=2), 4),
+    "ps-3": (ParameterServer(servers=2), 3),
 }
 #: Some more, each of which hands over to the next. The last two equal one process if its optimizer is linear in the gradients, as SGD is.
 MORE: dict[str, tuple[Pattern, int]] = {
@@ -68,6 +69,8 @@ CORE = [
     ("sharded-4", "localsgd-2"),
     ("islands-4", "allreduce-3"),
     ("pipeline-2", "data x tensor"),
+    ("ps-3", "allreduce-2"),
+    ("sharded-2", "ps-3"),
 ]
 
 

@@ -88,6 +88,16 @@ PATTERN_CHANGES = {
         **SPLIT,
     },
 }
+PATTERN_CHANGES["ps"] = {
+    "servers": 2,
+    "staleness": 1,
+    "backup_workers": 1,
+    "correction": "rate",
+    "dc_lambda": 0.1,
+    "clip_norm": 0.01,
+    "accumulate": 2,
+    "autocast": "bf16",
+}
 #: What a pattern needs so that it can run for BASE's few steps.
 PATTERN_BASE: dict[str, dict[str, Any]] = {
     "allreduce": {},
@@ -96,6 +106,7 @@ PATTERN_BASE: dict[str, dict[str, Any]] = {
     "tensor": {},
     "pipeline": {"schedule": "1f1b"},
     "mesh": {"sharded": 2},
+    "ps": {},
 }
 
 

@@ -74,15 +74,19 @@ def prepare(
     facts = msgspec.structs.replace(facts, between_hosts=len(hosts) > 1, hosts=hosts)
     compat.check(config)
     pattern = registry.build(config.pattern, config.pattern_options)
+    comes_and_goes = any(group.frames for group in pattern.groups(facts, config.workers))
     num_members = len(numbered(pattern.roles(config.workers)))
     chosen, why = pick_carrier(config.cluster, config.link, num_members, facts.device)
+    if comes_and_goes and config.link == cost.AUTO:
+        chosen = cost.carrier_aside(chosen, config.link)
+        why = "members may go while others stay"
     compat.check_collective(config.collective, chosen)
 
     def links_of(pattern: Pattern, facts: Facts, speed: cost.LinkSpeed | None = None) -> list[LinkSpec]:
         """``speed``: of the link of all workers, where it was measured."""
         return [
             LinkSpec(
-                cost.carrier_aside(chosen, config.link) if group.aside or group.frames else chosen,
+                cost.carrier_aside(chosen, config.link) if group.aside else chosen,
                 len(group.members),
                 config.deadline_s,
                 nbytes=group.nbytes + HEAP_SLACK,

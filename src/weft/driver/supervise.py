@@ -157,10 +157,10 @@ class Driver:
         alive = {m.member: m.role for m in members}
         failures: list[Failure] = []
         gone: list[Failure] = []  # without them the others go on
-        first_failure_s = stop_asked_s = math.inf
+        first_failure_s = stop_asked_s = ended_s = math.inf
         self.heard_s = time.monotonic()
         self.heard_of, self.answers = {}, {}
-        killed = asked = puzzled = False
+        killed = asked = puzzled = over = False
         while alive or (puzzled and not killed):
             for event in self.session.poll(0.1):
                 self.folder.began = True  # else the cluster refuses here what it could not set up
@@ -191,7 +191,10 @@ class Driver:
                 self.tell("warning", text=f"stopping at the next step where all can, and saving{again}")
                 self.session.request_stop()
             too_late = now - max(stop_asked_s, self.heard_s) > config.deadline_s + STOP_S
-            if alive and not killed and (self.interrupts.count > 1 or too_late):
+            if spared and alive and not failures and set(alive.values()) <= spared:  # nobody is left who waits for them
+                ended_s = min(ended_s, now)
+                over = now - ended_s > GRACE_S
+            if alive and not killed and (self.interrupts.count > 1 or too_late or over):
                 self.session.kill()
                 killed = True
             if failures and not killed:
@@ -204,7 +207,7 @@ class Driver:
                 if alive and (enough or not (puzzled or missing.is_echo)):
                     self.session.kill()
                     killed = True
-        if self.interrupts.count > 1 or (killed and not failures):
+        if self.interrupts.count > 1 or (killed and not failures and not over):
             raise Interrupted(
                 f"stopped at once; what came after the newest checkpoint is lost. Go on with: weft resume {self.folder.path}"
             )

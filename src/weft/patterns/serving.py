@@ -138,7 +138,7 @@ class Server:
             return f"worker {worker} pushed for {len(self.flat.pieces)} pieces, and left out {push.absent}"
         return ""
 
-    def send(self, peer: int, message: m.Message, payload: Sequence[Any] = ()) -> None:
+    def send(self, peer: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
         """To one that may have gone: it is told of by an event."""
         if peer not in self.endpoint.peers:
             return
@@ -263,7 +263,7 @@ class Lead(Server):
         self.idle: list[int] = []
         self.workers: set[int] = set(range(ctx.world))
         self.told: dict[Share, tuple[int, m.Done]] = {}  # who has done it
-        self.closing: deque[tuple[int, list[int]]] = deque()
+        self.closing: dict[int, list[int]] = {}  # by batch, the shares to be joined
         self.squares: dict[int, float] = {}  # by server, of the update that is joined
         self.ordered = begin  # updates that all servers have been told of
         self.applied: deque[tuple[int, StepReport]] = deque()  # that nobody has been told of
@@ -319,7 +319,7 @@ class Lead(Server):
     def next_pause(self, version: int) -> int:
         """The next version at which the run is saved or evaluated."""
         asked = [every for every in (self.ctx.save_every, self.ctx.config.eval_every) if every]
-        return min(self.ctx.total_steps, *((version // every + 1) * every for every in asked))
+        return min([self.ctx.total_steps, *((version // every + 1) * every for every in asked)])
 
     def safe_point(self, version: int, report: StepReport) -> SafePoint:
         report.bytes_sent, self.bytes_sent = self.bytes_sent, 0
@@ -381,20 +381,26 @@ class Lead(Server):
             self.taken[part] = worker
             return m.Evaluate(self.evaluation, part, len(self.taken), self.holding.version)
         share = self.ledger.take(worker)
-        return None if share is None else m.Train(share.batch, share.share, self.holding.version)
+        # what is closed may not be applied yet: then its reading waits
+        version = self.ordered if self.pattern.bound is None else self.ledger.lowest
+        return None if share is None else m.Train(share.batch, share.share, version)
 
     def on_done(self, peer: int, done: m.Done) -> None:
         share = Share(done.batch, done.share)
         if not self.is_closed(done.batch) and share in self.held:
             self.told.setdefault(share, (peer, done))
             if shares := self.ledger.done(share):
-                self.closing.append((done.batch, shares))
+                self.closing[done.batch] = shares
                 self.close_next()
 
     def close_next(self) -> None:
-        """Batches whose shares all servers have, each as one update, on all servers in the same order."""
-        while self.closing and self.pending is None:
-            batch, shares = self.closing.popleft()
+        """Batches whose shares all servers have, each as one update, on all servers in the same order: the batches', or, where nothing bounds
+        who is ahead, the one in which they came."""
+        while self.pending is None:
+            batch = next(iter(self.closing), -1) if self.pattern.bound is None else self.ordered
+            if batch not in self.closing:
+                return
+            shares = self.closing.pop(batch)
             dones = [self.told.pop(Share(batch, share))[1] for share in shares]
             for share in [share for share in self.told if share.batch == batch]:
                 del self.told[share]

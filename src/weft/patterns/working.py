@@ -89,7 +89,7 @@ class Borrower(Replica):
         """Its part of the joined gradient."""
         seed_everything(key_int(self.seed, "share", batch, share))
         feed, draw = self.feeds.at(batch, share)
-        self.feed, self.drawn_in_all = Located(feed, draw), draw.total
+        self.feed, self.drawn_in_all = cast(Feed, Located(feed, draw)), draw.total
         self.step, self.share, self.step_seed = batch, share, key_int(self.seed, "step", share) >> 1
         return self.gradients()
 
@@ -117,7 +117,7 @@ class Desk:
         self.seq = self.bytes_sent = self.messages = 0
         self.over = False  # the first server has closed its link with no error
 
-    def send(self, server: int, message: m.Message, payload: Sequence[Any] = ()) -> None:
+    def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
         self.seq += 1
         meta = m.encode(message)
         self.endpoint.isend(self.servers[server], self.seq, meta, payload)
@@ -179,7 +179,7 @@ class Desk:
 
     def ask(self, ask: m.Ask, totals: Sequence[Any] = ()) -> m.Train | m.Evaluate | m.Finish:
         self.send(0, ask, totals)
-        return cast(Any, self.expect((m.Train, m.Evaluate, m.Finish))[1])
+        return cast(m.Train | m.Evaluate | m.Finish, self.expect((m.Train, m.Evaluate, m.Finish))[1])
 
     def pull(self, version: int) -> list[int]:
         """The servers' values, at that version or later, are in ``values``; which have changed."""

@@ -69,7 +69,10 @@ def _member_facts(plan: Plan) -> list[tuple[str, str]]:
     """One row for members that do the same."""
     alike = _group_by(plan.members, lambda m: (m.role, m.device, m.does, m.examples_per_step))
     return [
-        (format_members(role, [m.member for m in members]), f"{device} · {examples:,} examples a step · {does}")
+        (
+            format_members(role, [m.member for m in members]),
+            " · ".join([device, *([f"{examples:,} examples a step"] if examples else []), does]),
+        )
         for (role, device, does, examples), members in alike.items()
     ]
 

@@ -4,7 +4,7 @@ The unit is a share: a joined batch is cut into as many as there were workers at
 worker first. So a slow worker holds up one share, not a worker's worth of every batch, and one that is gone only leaves its share to another.
 A batch is closed when its shares are in (all, or all but ``backups``: Chen et al. 2016), and becomes one update. A share of batch b is
 handed out once every batch before b - staleness is closed (Ho et al. 2013, with batches as clocks): 0 is one process's order, None no
-bound. Before a pause nothing beyond it is handed out, so that there the state is that of so many whole batches.
+bound. If updates are made in the batches' order, none of its gradients is later than ``staleness`` updates. Before a pause nothing beyond it is handed out, so that there the state is that of so many whole batches.
 """
 
 from __future__ import annotations

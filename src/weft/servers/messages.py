@@ -19,13 +19,13 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     pass
 
 
-class Join(Message):
+class Join(Message, frozen=True):
     """``model``: (name, shape, dtype) of each parameter and buffer, to be compared with the servers'."""
 
     model: list[tuple[str, list[int], str]]
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Payload: what no server trains (frozen parameters, buffers), end to end, as the first server has it."""
 
 
@@ -39,7 +39,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     drawn: int
 
 
-class Ask(Message):
+class Ask(Message, frozen=True):
     """For work. ``part``: the one of an evaluation that is done, its sums in the payload (float64)."""
 
     done: Done | None = None
@@ -47,7 +47,7 @@ class Ask(Message):
     number: int = 0  # of that evaluation
 
 
-class Train(Message):
+class Train(Message, frozen=True):
     """Share ``share`` of batch ``batch``, at ``version`` or a later one."""
 
     batch: int
@@ -55,29 +55,29 @@ class Train(Message):
     version: int
 
 
-class Evaluate(Message):
+class Evaluate(Message, frozen=True):
     number: int
     part: int
     parts: int
     version: int
 
 
-class Finish(Message):
+class Finish(Message, frozen=True):
     pass
 
 
-class Pull(Message):
+class Pull(Message, frozen=True):
     """Values of ``version`` or later; none are sent if the worker ``has`` the newest."""
 
     version: int
     has: int = -1
 
 
-class Values(Message):
+class Values(Message, frozen=True):
     version: int
 
 
-class Push(Message):
+class Push(Message, frozen=True):
     """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched."""
 
     batch: int
@@ -87,12 +87,12 @@ class Push(Message):
     absent: list[int] = []
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     batch: int
     share: int
 
 
-class Close(Message):
+class Close(Message, frozen=True):
     """Batch ``batch`` of these shares is update ``version``: their sum times ``factor``. ``norm``: its square is wanted before it is applied."""
 
     version: int
@@ -102,25 +102,25 @@ class Close(Message):
     norm: bool = False
 
 
-class Square(Message):
+class Square(Message, frozen=True):
     version: int
     value: float
 
 
-class Apply(Message):
+class Apply(Message, frozen=True):
     """``norm``: of the whole joined gradient."""
 
     version: int
     norm: float
 
 
-class Collect(Message):
+class Collect(Message, frozen=True):
     """What you hold, after ``version`` updates."""
 
     version: int
 
 
-class State(Message):
+class State(Message, frozen=True):
     """Payload: the tensors of ``tree`` (JSON), end to end, in the order of ``tensors``: (name, shape, dtype)."""
 
     version: int
@@ -128,7 +128,7 @@ class State(Message):
     tensors: list[tuple[str, list[int], str]]
 
 
-class Leave(Message):
+class Leave(Message, frozen=True):
     """The run has ended."""
 
 

@@ -1,0 +1,431 @@
+"""A parameter server with staleness 0 is one process on the joined batch, whatever the servers and workers; and what is late stays within its bound."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.laws.reference import Odd, OddNet, Ragged, Regression, distance, train_plainly
+from torch import Tensor, nn
+
+import weft
+import weft.testing as weft_testing
+from weft import AllReduce, ParameterServer
+from weft.compare import final_parameters
+from weft.config import RunFolder
+from weft.errors import CommError, ConfigError, MemberFailed
+from weft.events import losses_of, read_events
+from weft.patterns import working
+from weft.patterns.holding import Flat, Holding, Pushed
+from weft.servers import messages
+from weft.servers.ranges import Piece
+from weft.tasks.digits import Digits
+from weft.testing import delay, freeze, kill, slow
+
+STEPS = 12
+EQUAL = 1e-9
+
+
+def train(
+    tmp_path: Path, task: weft.Task, workers: int, pattern: ParameterServer, **settings: Any
+) -> dict[str, Tensor]:
+    settings = {
+        "cluster": "inprocess",
+        "dtype": "float64",
+        "steps": STEPS,
+        "seed": 3,
+        "run_dir": tmp_path / "run",
+    } | settings
+    return final_parameters(weft.run(task, pattern, workers=workers, **settings).run_dir)
+
+
+def lateness(run_dir: Path) -> dict[int, int]:
+    """By updates since its parameters were read, how many shares."""
+    found: dict[int, int] = {}
+    for event in read_events(RunFolder(run_dir).events):
+        if event.kind == "ticks" and event.role == "server" and event.member == min_server(run_dir):
+            for late, count in event.values.get("staleness", {}).items():
+                found[int(late)] = found.get(int(late), 0) + count
+    return found
+
+
+def min_server(run_dir: Path) -> int:
+    return min(e.member for e in read_events(RunFolder(run_dir).events) if e.role == "server")
+
+
+class Odder(Odd):
+    """Its embedding is dense: rows are not served yet."""
+
+    def model(self) -> OddNet:
+        net = super().model()
+        net.table.sparse = False
+        return net
+
+
+TASKS = {
+    "regression": (lambda: Regression(), 24),
+    "adamw": (lambda: Regression("adamw"), 24),
+    "digits": (lambda: Digits(width=4), 30),
+    "odd": (lambda: Odder(), 17),
+    "ragged": (lambda: Ragged(), 10),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("name", TASKS)
+def test_synchronous_equals_one_process(tmp_path: Path, name: str, servers: int, workers: int) -> None:
+    make, batch = TASKS[name]
+    truth = train_plainly(make(), steps=STEPS, batch=batch, run_seed=3)
+    assert distance(train(tmp_path, make(), workers, ParameterServer(servers=servers), batch=batch), truth) <= EQUAL
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_clipping_goes_by_the_norm_over_all_servers(tmp_path: Path, servers: int) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3, clip=0.05)
+    pattern = ParameterServer(servers=servers, clip_norm=0.05)
+    assert distance(train(tmp_path, Regression(), 2, pattern, batch=24), truth) <= EQUAL
+
+
+class Whole(torch.optim.SGD):
+    """Not known to treat each number by itself: steps along the sign of each tensor's mean."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.sub_(0.01 * (p.grad + p.grad.mean().sign()))
+
+
+class WithWhole(Regression):
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return Whole(params, lr=0.01)
+
+
+def test_an_optimizer_of_whole_tensors_gets_them_whole(tmp_path: Path) -> None:
+    truth = train_plainly(WithWhole(), steps=STEPS, batch=24, run_seed=3)
+    assert distance(train(tmp_path, WithWhole(), 2, ParameterServer(servers=3), batch=24), truth) <= EQUAL
+    with pytest.raises(ConfigError, match="servers=5.*whole.*servers=4"):
+        train(tmp_path / "5", WithWhole(), 2, ParameterServer(servers=5), batch=24)
+
+
+def test_running_buffers_and_micro_batches_are_as_under_allreduce(tmp_path: Path) -> None:
+    truth = train_under(tmp_path / "all", AllReduce(accumulate=2))
+    mine = train_under(tmp_path / "ps", ParameterServer(servers=2, accumulate=2))
+    assert any("running_mean" in name for name in truth)
+    assert distance(mine, truth) <= EQUAL
+
+
+def train_under(run_dir: Path, pattern: Any) -> dict[str, Tensor]:
+    settings: dict[str, Any] = {"cluster": "inprocess", "dtype": "float64", "steps": 6, "batch": 24, "seed": 3}
+    return final_parameters(weft.run(Normed(), pattern, workers=3, run_dir=run_dir, **settings).run_dir)
+
+
+class Normed(Regression):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+
+
+# -- who is ahead, and who is late
+
+
+class Constant(Regression):
+    """Gradients that do not depend on the parameters: whatever was read, each share counts once or the result is another."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, _ = batch
+        return sum(((p * x.mean()).sum() for p in model.parameters()), torch.zeros((), dtype=x.dtype))
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05, momentum=0.5)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize("staleness", [1, 4])
+@pytest.mark.parametrize("servers", [1, 2])
+def test_each_share_counts_once_and_none_is_later_than_the_bound(tmp_path: Path, staleness: int, servers: int) -> None:
+    """In batches' order: momentum tells another order from it."""
+    truth = train_plainly(Constant(), steps=20, batch=24, run_seed=3)
+    pattern = ParameterServer(servers=servers, staleness=staleness)
+    found = train(tmp_path, Constant(), 3, pattern, batch=24, steps=20, faults=[slow(rank=1, factor=4)])
+    assert distance(found, truth) <= EQUAL
+    late = lateness(tmp_path / "run")
+    assert sum(late.values()) == 20 * 3
+    assert max(late) <= staleness
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("staleness", [2, "none"])
+def test_a_slow_worker_makes_others_late_and_loses_nothing(tmp_path: Path, staleness: Any) -> None:
+    class Plain(Constant):
+        def optimizer(self, params: Any) -> torch.optim.Optimizer:
+            return torch.optim.SGD(params, lr=0.05)
+
+    truth = train_plainly(Plain(), steps=30, batch=24, run_seed=3)
+    pattern = ParameterServer(servers=2, staleness=staleness)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "steps": 30, "save_every": 7}
+    found = train(tmp_path, Plain(), 3, pattern, faults=[delay(rank=1, seconds=0.02)], **settings)
+    assert distance(found, truth) <= EQUAL
+    late = lateness(tmp_path / "run")
+    assert sum(late.values()) == 30 * 3
+    assert max(late) > 0
+    assert staleness == "none" or max(late) <= staleness
+
+
+def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> None:
+    """By the papers' formulas, on one late share and one that is not."""
+    flat = Flat([Piece("w", 0, 3)], {"w": torch.float64}, [])
+    read, now, late, fresh = torch.tensor(
+        [[1.0, 2.0, 3.0], [1.5, 2.0, 2.0], [0.1, 0.2, 0.3], [1.0, -1.0, 0.5]], dtype=torch.float64
+    )
+    expected = {
+        "none": late + fresh,
+        "rate": late / 3 + fresh,
+        "dc": late + 0.5 * late * late * (now - read) + fresh,
+    }
+    for correction, truth in expected.items():
+        holding = object.__new__(Holding)
+        holding.flat, holding.version = flat, 7
+        holding.pattern = ParameterServer(
+            staleness=4, correction=correction, **({"dc_lambda": 0.5} if correction == "dc" else {})
+        )
+        holding.memory, holding.joined = memory_of(flat, now), flat.memory()
+        holding.versions = {5: memory_of(flat, read), 7: holding.memory}
+        holding.grads, holding.joined_running = flat.views(holding.joined)
+        holding.stepped = {"w": nn.Parameter(torch.zeros(3, dtype=torch.float64))}
+        holding.join([Pushed(memory_of(flat, late), 5, 1.0, 0), Pushed(memory_of(flat, fresh), 7, 1.0, 1)], 2.0)
+        grad = holding.stepped["w"].grad
+        assert grad is not None
+        assert torch.allclose(grad, 2 * truth, rtol=1e-12), correction
+
+
+def memory_of(flat: Flat, values: Tensor) -> Any:
+    memory = flat.memory()
+    flat.views(memory)[0][0].copy_(values)
+    return memory
+
+
+@pytest.mark.parametrize("correction", ["rate", "dc"])
+def test_corrections_learn(tmp_path: Path, correction: Any) -> None:
+    settings: dict[str, Any] = {"cluster": "inprocess", "workers": 3, "steps": 60, "batch": 24, "seed": 3}
+    pattern = ParameterServer(staleness=2, correction=correction)
+    result = weft.run(Regression("plain"), pattern, run_dir=tmp_path / "run", **settings)
+    first = next(losses_of(e) for e in read_events(RunFolder(tmp_path / "run").events) if "loss" in e.values)
+    assert result.train_loss < 0.8 * next(first)[1]
+
+
+@pytest.mark.multiprocess
+def test_backup_workers_close_without_the_slowest(tmp_path: Path) -> None:
+    """Worker 2's share is late in each step and none of it is waited for."""
+    pattern = ParameterServer(servers=2, backup_workers=1)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "faults": [delay(rank=2, seconds=0.05)]}
+    weft.run(Regression(), pattern, workers=3, steps=20, run_dir=tmp_path / "run", **settings)
+    assert sum(lateness(tmp_path / "run").values()) == 20 * 2
+
+
+# -- who goes
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_killed_worker_is_done_without(tmp_path: Path, servers: int) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3)
+    pattern = ParameterServer(servers=servers)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "faults": [kill(rank=1, step=4)]}
+    assert distance(train(tmp_path, Regression(), 3, pattern, **settings), truth) <= EQUAL
+    (left,) = [e for e in read_events(RunFolder(tmp_path / "run").events) if e.kind == "left"]
+    assert (left.values["member"], "SIGKILL" in left.values["cause"]) == (1, True)
+
+
+@pytest.mark.multiprocess
+def test_a_frozen_worker_is_done_without(tmp_path: Path) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "deadline_s": 2.0}
+    faults = [freeze(rank=0, step=4)]
+    assert distance(train(tmp_path, Regression(), 2, ParameterServer(), faults=faults, **settings), truth) <= EQUAL
+
+
+@pytest.mark.multiprocess
+def test_without_any_worker_the_run_ends_and_names_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "faults": [kill(rank=0, step=3), kill(rank=1, step=3)]}
+    with pytest.raises(MemberFailed, match="worker [01] failed.*SIGKILL"):
+        train(tmp_path, Regression(), 2, ParameterServer(), **settings)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("server", [0, 1])
+def test_a_killed_server_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path: Path, server: int) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "faults": [kill(rank=2 + server, step=6)]}
+    with pytest.raises(MemberFailed, match=f"server {2 + server} failed.*SIGKILL"):
+        train(tmp_path, Regression(), 2, ParameterServer(servers=2), save_every=4, **settings)
+    weft.resume(tmp_path / "run", pattern=ParameterServer(servers=3), task=Regression(), workers=1)
+    assert distance(final_parameters(tmp_path / "run"), truth) <= EQUAL
+
+
+@pytest.mark.multiprocess
+def test_a_killed_server_is_restarted(tmp_path: Path) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "restarts": 1, "save_every": 4}
+    faults = [kill(rank=3, step=6)]
+    found = train(tmp_path, Regression(), 2, ParameterServer(servers=2), faults=faults, **settings)
+    assert distance(found, truth) <= EQUAL
+
+
+# -- bad members
+
+
+class Rogue(Regression):
+    """The first worker to compute its third share pushes what it must not."""
+
+    def __init__(self, mark: str, how: str) -> None:
+        super().__init__()
+        self.mark, self.how, self.calls = mark, how, 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            with contextlib.suppress(FileExistsError):
+                Path(self.mark).touch(exist_ok=False)
+                MISDEEDS[self.how]()
+        return super().loss(model, batch)
+
+
+def misdeed(change: Callable[[messages.Push, list[Any]], tuple[Any, list[Any]]]) -> Callable[[], None]:
+    def commit() -> None:
+        send = working.Desk.send
+
+        def rogue(self: Any, server: int, message: Any, payload: Any = ()) -> None:
+            if isinstance(message, messages.Push):
+                message, payload = change(message, list(payload))
+            if isinstance(message, bytes):
+                self.endpoint.isend(self.servers[server], 0, message, payload)
+            else:
+                send(self, server, message, payload)
+
+        working.Desk.send = rogue  # type: ignore[method-assign]
+
+    return commit
+
+
+def push_with(**changes: Any) -> Callable[[], None]:
+    return misdeed(lambda push, payload: (msgspec.structs.replace(push, **changes), payload))
+
+
+MISDEEDS = {
+    "short": misdeed(lambda push, payload: (push, [payload[0][:-8]])),
+    "garbage": misdeed(lambda push, payload: (b"\x93garbage", payload)),
+    "stale": push_with(version=0),
+    "unread": push_with(version=10**6),
+    "no such share": push_with(share=99),
+    "no such batch": push_with(batch=10**9),
+    "weight": push_with(weight=math.nan),
+    "absent": push_with(absent=[77]),
+    "close": misdeed(lambda push, payload: (messages.Close(1, 2, [0], 1.0), [])),
+    "leave": misdeed(lambda push, payload: (messages.Leave(), [])),
+}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("how", MISDEEDS)
+def test_a_worker_that_says_what_it_must_not_is_refused(tmp_path: Path, how: str) -> None:
+    truth = train_plainly(Regression(), steps=STEPS, batch=24, run_seed=3)
+    task, settings = Rogue(str(tmp_path / "mark"), how), {"cluster": "local", "batch": 24}
+    assert distance(train(tmp_path, task, 3, ParameterServer(servers=2), **settings), truth) <= EQUAL
+    refused = [
+        e.values["text"]
+        for e in read_events(RunFolder(tmp_path / "run").events)
+        if e.kind == "warning" and "refused" in e.values["text"]
+    ]
+    assert refused, "the servers took it"
+
+
+class NotFinite(Regression):
+    """A finite loss whose gradient is not: the root of what is nothing, times nothing."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        weight = next(iter(model.parameters()))
+        return super().loss(model, batch) + (weight * 0).sum().sqrt() * 0
+
+
+class NanLoss(Regression):
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        return loss * (math.nan if Path("/").exists() and torch.is_grad_enabled() and self.late() else 1.0)
+
+    calls = 0
+
+    def late(self) -> bool:
+        self.calls += 1
+        return self.calls > 3
+
+
+def test_what_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(weft.WeftError, match="not finite|no number|gradient"):
+        train(tmp_path / "a", NotFinite(), 2, ParameterServer(), batch=24)
+    with pytest.raises(weft.WeftError, match="the loss is nan on rank"):
+        train(tmp_path / "b", NanLoss(), 2, ParameterServer(), batch=24, cluster="local")
+
+
+@given(data=st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_an_error(data: bytes) -> None:
+    try:
+        again = messages.encode(messages.decode(data))
+    except CommError:
+        return
+    assert messages.encode(messages.decode(again)) == again
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"servers": 0}, "servers=0"),
+        ({"staleness": -1}, "staleness=-1.*none"),
+        ({"backup_workers": -1}, "backup_workers=-1"),
+        ({"correction": "rate"}, "none is late"),
+        ({"dc_lambda": 0.1}, "correction=dc"),
+        ({"dc_lambda": -1.0, "correction": "dc", "staleness": 1}, "dc_lambda=-1"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"accumulate": 0}, "accumulate=0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ParameterServer(**options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings", "said"),
+    [
+        (ParameterServer(servers=40), {}, "servers=40 cannot share.*servers="),
+        (ParameterServer(backup_workers=2), {}, "backup_workers=2.*1 at most"),
+        (ParameterServer(accumulate=20), {}, "accumulate=20"),
+        (ParameterServer(), {"link": "shm", "cluster": "local"}, "link 'shm'.*--link tcp"),
+        (ParameterServer(), {"trace": True}, "--trace"),
+        (ParameterServer(), {"check_equivalence": 1}, "--check-equivalence"),
+        (ParameterServer(), {"faults": [weft_testing.skip(rank=0, step=1)]}, "fault 'skip'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(
+    tmp_path: Path, pattern: ParameterServer, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(tmp_path, Regression(), 2, pattern, batch=24, **settings)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_sparse_rows_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"table.weight.*sparse=False.*allreduce"):
+        train(tmp_path, Odd(), 2, ParameterServer(), batch=17)
