@@ -240,9 +240,11 @@ class Server:
             self.waiting = [(peer, pull) for peer, pull in self.waiting if peer != lost.peer]
             if (memory := self.placed.pop(lost.peer, None)) is not None:
                 self.spare.append(memory)
+        elif self.ctx.world not in (lost.peer, self.ctx.rank):
+            pass  # the first server misses it, and says so
         elif lost.error is not None:
             raise lost.error
-        elif not (lost.left and self.left):
+        else:
             raise PeerLost(f"server {lost.peer} is gone ({lost.reason})", (lost.peer,))
 
     def on_silent(self, silent: Silent) -> None:
