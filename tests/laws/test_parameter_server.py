@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.laws.reference import Odd, OddNet, Ragged, Regression, distance, train_plainly
+from tests.laws.reference import Odd, Ragged, Regression, distance, train_plainly
 from torch import Tensor, nn
 
 import weft
@@ -28,6 +29,7 @@ from weft.patterns.holding import Flat, Holding, Pushed
 from weft.servers import messages
 from weft.servers.ranges import Piece
 from weft.tasks.digits import Digits
+from weft.tasks.recommend import Recommend
 from weft.testing import delay, freeze, kill, slow
 
 STEPS = 12
@@ -61,20 +63,11 @@ def min_server(run_dir: Path) -> int:
     return min(e.member for e in read_events(RunFolder(run_dir).events) if e.role == "server")
 
 
-class Odder(Odd):
-    """Its embedding is dense: rows are not served yet."""
-
-    def model(self) -> OddNet:
-        net = super().model()
-        net.table.sparse = False
-        return net
-
-
 TASKS = {
     "regression": (lambda: Regression(), 24),
     "adamw": (lambda: Regression("adamw"), 24),
     "digits": (lambda: Digits(width=4), 30),
-    "odd": (lambda: Odder(), 17),
+    "odd": (lambda: Odd(), 17),
     "ragged": (lambda: Ragged(), 10),
 }
 
@@ -426,6 +419,68 @@ def test_what_cannot_be_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_sparse_rows_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"table.weight.*sparse=False.*allreduce"):
-        train(tmp_path, Odd(), 2, ParameterServer(), batch=17)
+# -- tables, of which rows travel
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
+def test_rows_equal_one_process(tmp_path: Path, rule: Any, servers: int) -> None:
+    make = partial(Recommend, rule=rule, negatives=0, dim=8)
+    truth = train_plainly(make(), steps=6, batch=64, run_seed=3)
+    found = train(tmp_path, make(), 3, ParameterServer(servers=servers, clip_norm=1e6), batch=64, steps=6)
+    assert distance(found, truth) <= EQUAL
+
+
+def test_what_travels_of_a_table_are_its_touched_rows(tmp_path: Path) -> None:
+    """A table of 3 MB; 24 examples touch at most 24 rows of 12 numbers."""
+    train(tmp_path, Wide(), 2, ParameterServer(servers=2), batch=24, steps=5)
+    ticks = [e for e in read_events(RunFolder(tmp_path / "run").events) if e.kind == "ticks"]
+    sent = sum(e.values["bytes_sent"] for e in ticks if e.role == "worker")
+    assert 0 < sent <= 5 * (24 * (2 * 8 + 12 * 8) + 2 * 600)
+
+
+class Wide(Regression):
+    def model(self) -> nn.Module:
+        return WideNet()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return (model((x.sum(1) * 1e4).long() % 30_000) - y).pow(2).mean()
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05)
+
+
+class WideNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30_000, 12, sparse=True)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.table(rows).sum(1, keepdim=True)
+
+
+class Aside(Wide):
+    """Reads its table past the module."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        rows = (x.sum(1) * 1e4).long() % 30_000
+        table = cast(WideNet, model).table.weight
+        return (torch.nn.functional.embedding(rows, table, sparse=True).sum(1, keepdim=True) - y).pow(2).mean()
+
+
+class Bounded(Wide):
+    def model(self) -> nn.Module:
+        net = WideNet()
+        net.table.max_norm = 1.0
+        return net
+
+
+def test_a_table_that_is_used_in_another_way_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(weft.WeftError, match=r"table.weight.*nn.Embedding.*sparse=False"):
+        train(tmp_path / "a", Aside(), 2, ParameterServer(), batch=24)
+    with pytest.raises(weft.WeftError, match=r"table.weight.*max_norm"):
+        train(tmp_path / "b", Bounded(), 2, ParameterServer(), batch=24)
+    with pytest.raises(ConfigError, match=r"correction=dc.*table.weight.*correction=rate"):
+        train(tmp_path / "c", Wide(), 2, ParameterServer(staleness=1, correction="dc"), batch=24)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,17 +23,23 @@ from weft.patterns.training import first_names, stored_once, trainable
 from weft.resilience.checkpoint import unlike
 from weft.servers.ranges import Piece
 
+PLACE = 8  # bytes of a row's number
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Flat:
     """Pieces of tensors end to end in memory, those of one dtype together, and after the parameters the running buffers: what travels
-    between a worker and this server, in one stretch of ``nbytes``. Both sides make it of the same facts."""
+    between a worker and this server, in one stretch of ``nbytes``. Of ``tables`` (pieces of sparse parameters) only rows do. Both sides
+    make it of the same facts."""
 
     def __init__(
-        self, pieces: Sequence[Piece], dtypes: Mapping[str, torch.dtype], running: Sequence[BufferFact]
+        self,
+        pieces: Sequence[Piece],
+        dtypes: Mapping[str, torch.dtype],
+        running: Sequence[BufferFact],
+        tables: Sequence[Table] = (),
     ) -> None:
-        self.pieces, self.running = list(pieces), list(running)
+        self.pieces, self.running, self.tables = list(pieces), list(running), list(tables)
         places: list[tuple[torch.dtype, int]] = [(dtypes[p.name], p.stop - p.start) for p in pieces]
         places += [(dtype := dtype_of(b), b.nbytes // dtype.itemsize) for b in running]
         order = sorted(range(len(places)), key=lambda k: (-places[k][0].itemsize, str(places[k][0]), k >= len(pieces)))
@@ -71,6 +77,50 @@ class Flat:
         return np.zeros(self.nbytes, np.uint8)
 
 
+class Table(NamedTuple):
+    """Rows ``piece.start`` to ``piece.stop`` of a sparse parameter, each ``width`` numbers."""
+
+    piece: Piece
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
+class SomeRows(NamedTuple):
+    """``places`` (K,) int64 in a table; ``values`` (K, width)."""
+
+    places: Tensor
+    values: Tensor
+
+
+def rows_bytes(tables: Sequence[Table], counts: Sequence[int]) -> int:
+    return sum(count * (PLACE + table.row_bytes) for table, count in zip(tables, counts, strict=True))
+
+
+def rows_in(memory: Bytes, tables: Sequence[Table], counts: Sequence[int]) -> list[SomeRows]:
+    """Of each table, what lies in this memory: the places of all, then the values of all."""
+    whole, at, result = torch.from_numpy(memory), 0, []
+    places = []
+    for count in counts:
+        places.append(numbers_at(whole, at, count, torch.int64))
+        at += count * PLACE
+    for table, count, own in zip(tables, counts, places, strict=True):
+        values = numbers_at(whole, at, count * table.width, table.dtype).view(count, table.width)
+        at += count * table.row_bytes
+        result.append(SomeRows(own, values))
+    return result
+
+
+def numbers_at(memory: Tensor, at: int, numel: int, dtype: torch.dtype) -> Tensor:
+    if not numel:
+        return torch.empty(0, dtype=dtype)
+    part = memory[at : at + numel * dtype.itemsize]
+    return (part.clone() if at % dtype.itemsize else part).view(dtype)
+
+
 def dtype_of(fact: BufferFact) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, fact.dtype))
 
@@ -78,7 +128,13 @@ def dtype_of(fact: BufferFact) -> torch.dtype:
 def flats(pattern: ParameterServer, facts: Facts) -> list[Flat]:
     """Each server's. The first has the running buffers, too."""
     dtypes = {p.name: cast(torch.dtype, getattr(torch, p.dtype)) for p in facts.params}
-    return [Flat(pieces, dtypes, [] if k else facts.running) for k, pieces in enumerate(pattern.pieces(facts))]
+    widths = {p.name: math.prod(p.shape[1:]) for p in facts.params if p.sparse}
+    result = []
+    for k, pieces in enumerate(pattern.pieces(facts)):
+        tables = [Table(p, widths[p.name], dtypes[p.name]) for p in pieces if p.name in widths]
+        dense = [p for p in pieces if p.name not in widths]
+        result.append(Flat(dense, dtypes, [] if k else facts.running, tables))
+    return result
 
 
 def describe(model: nn.Module) -> list[tuple[str, list[int], str]]:
@@ -102,6 +158,7 @@ class Pushed:
     weight: float
     worker: int
     absent: frozenset[int] = field(default_factory=frozenset)
+    rows: Sequence[SomeRows] = ()  # by table
 
 
 class Holding:
@@ -151,17 +208,22 @@ class Holding:
             values.copy_(whole.reshape(-1)[piece.start : piece.stop])
             is_whole = piece.stop - piece.start == whole.numel()
             self.stepped[piece.name] = nn.Parameter(values.view(whole.shape) if is_whole else values)
+        self.tables = []
+        for piece, _, _ in self.flat.tables:
+            whole = self.params[piece.name]
+            self.tables.append(whole[piece.start : piece.stop].detach().clone())
+            self.stepped[piece.name] = nn.Parameter(self.tables[-1])
         buffers = dict(self.model.named_buffers())
         for fact, running in zip(self.flat.running, self.running, strict=True):
             running.copy_(buffers[fact.name].reshape(-1))
         self.optimizer.state.clear()
         for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["params"] = [self.stepped[n] for n in members if n in self.stepped]
-        for piece in self.flat.pieces:
+        for piece, width in held_of(self.flat):
             if piece.name in states:
-                self.optimizer.state[self.stepped[piece.name]] = cut(
-                    states[piece.name], piece, self.params[piece.name].shape
-                )
+                own = cut(states[piece.name], piece.start * width, piece.stop * width, self.params[piece.name].numel())
+                p = self.stepped[piece.name]
+                self.optimizer.state[p] = {k: v.view(p.shape) if is_large(k, v) else v for k, v in own.items()}
 
     # -- versions
 
@@ -189,7 +251,7 @@ class Holding:
         now = self.flat.parameters(self.memory)
         for k, each in enumerate(pushed):
             late, sources = self.version - each.version, self.flat.parameters(each.memory)
-            scale = 1.0 / (late + 1) if kind == "rate" else 1.0
+            scale = self._scale(each)
             if kind == "dc" and late:  # Zheng et al. 2017, eq. 10
                 read = self.flat.parameters(self.versions[each.version])
                 strength = self.pattern.dc_lambda
@@ -203,10 +265,23 @@ class Holding:
             for target in targets:
                 target.mul_(factor)
         self._join_running(pushed)
+        self._join_rows(pushed, factor)
         missing = frozenset.intersection(*(each.absent for each in pushed))
         for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
             p = self.stepped[piece.name]
             p.grad = None if k in missing else grad.view(p.shape)
+
+    def _join_rows(self, pushed: Sequence[Pushed], factor: float) -> None:
+        """The same of tables: rows that several have touched add up."""
+        for k, (piece, _, _) in enumerate(self.flat.tables):
+            p = self.stepped[piece.name]
+            places = torch.cat([each.rows[k].places for each in pushed])
+            values = torch.cat([each.rows[k].values * self._scale(each) for each in pushed]).view(-1, *p.shape[1:])
+            grad = torch.sparse_coo_tensor(places[None], values * factor, p.shape, check_invariants=False)
+            p.grad = grad.coalesce()
+
+    def _scale(self, pushed: Pushed) -> float:
+        return 1.0 / (self.version - pushed.version + 1) if self.pattern.correction == "rate" else 1.0
 
     def _join_running(self, pushed: Sequence[Pushed]) -> None:
         if not self.flat.running:
@@ -225,7 +300,8 @@ class Holding:
     def square(self) -> float:
         """Of the norm of what ``join`` has made."""
         grads = [p.grad for p in self.stepped.values() if p.grad is not None]
-        return math.fsum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in grads)
+        numbers = [g._values() if g.is_sparse else g for g in grads]
+        return math.fsum(float(torch.linalg.vector_norm(n, dtype=torch.float64)) ** 2 for n in numbers)
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
@@ -233,6 +309,9 @@ class Holding:
         if scale != 1.0:
             for target in self.flat.parameters(self.joined):
                 target.mul_(scale)
+            for piece, _, _ in self.flat.tables:
+                p = self.stepped[piece.name]
+                p.grad = p.grad * scale if p.grad is not None else None
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -245,16 +324,17 @@ class Holding:
     def state(self) -> dict[str, Any]:
         """Of this server's pieces, by parameter name."""
         return {
-            "values": {p.name: v for p, v in zip(self.flat.pieces, self.values, strict=True)},
+            "values": {p.name: v for (p, _), v in zip(held_of(self.flat), [*self.values, *self.tables], strict=True)},
             "optimizer": optimizer_state_by_name(self.optimizer, self.stepped),
         }
 
     @torch.no_grad()
-    def whole_state(self, parts: Sequence[Mapping[str, Any]], pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    def whole_state(self, parts: Sequence[Mapping[str, Any]], flats: Sequence[Flat]) -> dict[str, Any]:
         """Of all servers, as one process would have it. ``parts``: every server's ``state``, in order. Called on the first."""
-        for part, held in zip(parts, pieces, strict=True):
-            for piece in held:
-                self.params[piece.name].view(-1)[piece.start : piece.stop].copy_(part["values"][piece.name].reshape(-1))
+        for part, flat in zip(parts, flats, strict=True):
+            for piece, width in held_of(flat):
+                numbers = self.params[piece.name].view(-1)[piece.start * width : piece.stop * width]
+                numbers.copy_(part["values"][piece.name].reshape(-1))
         buffers = dict(self.model.named_buffers())
         for fact, running in zip(self.flat.running, self.running, strict=True):
             buffers[fact.name].copy_(running.view(buffers[fact.name].shape))
@@ -275,11 +355,16 @@ class Holding:
         }
 
 
-def cut(state: Mapping[str, Any], piece: Piece, shape: Sequence[int]) -> dict[str, Any]:
-    """Of an optimizer's state of a parameter, what goes with a piece of it."""
-    if piece.stop - piece.start == math.prod(shape):
+def held_of(flat: Flat) -> list[tuple[Piece, int]]:
+    """Every piece, and how many numbers are one of its."""
+    return [*((piece, 1) for piece in flat.pieces), *((table.piece, table.width) for table in flat.tables)]
+
+
+def cut(state: Mapping[str, Any], start: int, stop: int, numel: int) -> dict[str, Any]:
+    """Of an optimizer's state of a parameter of ``numel`` numbers, what goes with those from ``start`` to ``stop``."""
+    if stop - start == numel:
         return dict(state)
-    return {k: v.reshape(-1)[piece.start : piece.stop].clone() if is_large(k, v) else v for k, v in state.items()}
+    return {k: v.reshape(-1)[start:stop].clone() if is_large(k, v) else v for k, v in state.items()}
 
 
 def put_together(values: Sequence[Any], key: str, shape: Sequence[int]) -> Any:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SERVER = "server"
 CARRIERS = ("tcp", "inproc")
+ROWWISE = ("SparseAdam",)  # beside ELEMENTWISE: each number by itself, of sparse gradients
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -123,10 +124,9 @@ class ParameterServer(Pattern):
                 f"accumulate={self.accumulate} cannot cut a worker's share of {share} examples (batch {config.batch} over "
                 f"{config.workers} workers): use a larger --batch or accumulate of at most {share}."
             )
-        if sparse := [p.name for p in facts.params if p.sparse]:
+        if self.correction == "dc" and (sparse := [p.name for p in facts.params if p.sparse]):
             raise Incompatible(
-                f"sparse gradients ({', '.join(sparse)}) are not served by rows yet: make these embeddings dense (sparse=False), or use "
-                "--pattern allreduce."
+                f"correction=dc needs every parameter as it was read, and of sparse ones ({', '.join(sparse)}) only rows are: use correction=rate."
             )
         for asked, what, cure in (
             (facts.device != "cpu", f"device {facts.device!r}", "--device cpu"),
@@ -145,12 +145,23 @@ class ParameterServer(Pattern):
             )
 
     def sizes(self, facts: Facts) -> dict[str, Size]:
-        return {p.name: Size(math.prod(p.shape), ITEMSIZE[p.dtype]) for p in facts.params if p.trainable}
+        """Of a sparse parameter rows are what is not cut."""
+        return {
+            p.name: Size(p.shape[0], math.prod(p.shape[1:]) * ITEMSIZE[p.dtype])
+            if p.sparse
+            else Size(math.prod(p.shape), ITEMSIZE[p.dtype])
+            for p in facts.params
+            if p.trainable
+        }
+
+    def cuts(self, facts: Facts) -> bool:
+        """Whether a parameter may lie on several servers."""
+        return facts.elementwise or facts.optimizer in ROWWISE
 
     def pieces(self, facts: Facts) -> list[list[Piece]]:
         """Each server's. ConfigError if there are more servers than can hold something."""
         sizes = self.sizes(facts)
-        return ranges.cut(sizes, self.servers) if facts.elementwise else ranges.whole(sizes, self.servers)
+        return ranges.cut(sizes, self.servers) if self.cuts(facts) else ranges.whole(sizes, self.servers)
 
     def groups(self, facts: Facts, workers: int) -> list[Group]:
         return [Group(WORLD, tuple(range(workers + self.servers)), 0, frames=True)]
@@ -165,9 +176,11 @@ class ParameterServer(Pattern):
     def links(self, facts: Facts, config: Config, bytes_for: Callable[[int, int], int], carrier: str) -> list[LinkPlan]:
         up = sum(facts.gradient_bytes.values())
         running = facts.running_bytes
-        what = ", ".join(f"gradients ({dtype})" for dtype in facts.gradient_bytes) + (
-            ", running buffers" if running else ""
-        )
+        kinds = [f"gradients ({dtype})" for dtype in facts.gradient_bytes]
+        kinds += ["running buffers"] * bool(running) + [
+            "touched rows of sparse parameters, which are not counted here"
+        ] * any(p.sparse for p in facts.params)
+        what = ", ".join(kinds)
         who = f"each of {config.workers} workers with {self.servers} server{'s' * (self.servers != 1)}"
         return [
             LinkPlan(
@@ -203,7 +216,9 @@ class ParameterServer(Pattern):
             result.append(
                 "running buffers (BatchNorm): each worker normalises by its own share; the first server averages statistics, weighted by examples"
             )
-        if not facts.elementwise and self.servers > 1:
+        if sparse := [p.name for p in facts.params if p.sparse]:
+            result.append(f"sparse gradients ({', '.join(sparse)}): workers read and push touched rows only")
+        if not self.cuts(facts) and self.servers > 1:
             result.append(
                 f"{facts.optimizer} is not known to treat each number by itself: no parameter is cut between servers"
             )

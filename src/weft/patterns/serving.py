@@ -23,7 +23,19 @@ from weft.data.keys import key_int
 from weft.errors import CommError, DeadlineExceeded, Incompatible, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import make_feed
-from weft.patterns.holding import Bytes, Flat, Holding, Pushed, describe, flats, untrained
+from weft.patterns.holding import (
+    PLACE,
+    Bytes,
+    Flat,
+    Holding,
+    Pushed,
+    describe,
+    flats,
+    held_of,
+    rows_bytes,
+    rows_in,
+    untrained,
+)
 from weft.patterns.metrics import Totals
 from weft.patterns.optimizer_state import dtype_name
 from weft.patterns.parameter_server import ParameterServer
@@ -37,7 +49,7 @@ TICK_S = 0.5  # after which one that hears nothing looks whether it shall stop
 
 
 FROM_LEAD = (m.Close, m.Apply, m.Collect, m.Leave)
-FROM_WORKERS = (m.Join, m.Ask, m.Pull, m.Push)
+FROM_WORKERS = (m.Join, m.Ask, m.Pull, m.Look, m.Push)
 
 
 def handler_of(message: m.Any) -> str:
@@ -63,12 +75,12 @@ class Server:
         self.closed: set[int] = set()  # batches, among the latest
         self.open_from = self.holding.version  # all batches before it are closed
         self.reading: dict[int, int] = {}  # by worker: the version that it is at work on
-        self.waiting: list[tuple[int, m.Pull]] = []  # for a version that is not there yet
+        self.waiting: list[tuple[int, m.Pull | m.Look, Any]] = []  # for a version that is not there yet
         self.left = False
         self.pending: m.Close | None = None  # joined, and its norm is asked for
         self.seq = self.bytes_sent = self.messages = 0
         self.spare: list[Bytes] = []
-        self.placed: dict[int, Bytes] = {}  # by worker: where its push is coming in
+        self.placed: dict[int, tuple[Bytes, Bytes]] = {}  # by worker: where its push is coming in
         self.report = StepReport()
 
     def run(self) -> Iterator[SafePoint]:
@@ -105,8 +117,9 @@ class Server:
             raise CommError(f"{why}; it was a {type(message).__name__}", (head.sender,))
         if isinstance(message, m.Push):
             memory = self.spare.pop() if self.spare else self.flat.memory()
-            self.placed[head.sender] = memory
-            return [memory.data]
+            rows = np.empty(head.payload_bytes - self.flat.nbytes, np.uint8)
+            self.placed[head.sender] = (memory, rows)
+            return [memory.data, rows.data]
         return [np.empty(head.payload_bytes, np.uint8).data] if head.payload_bytes else []
 
     def refusal(self, message: m.Any, head: Head) -> str:
@@ -121,10 +134,27 @@ class Server:
             return f"member {head.sender} sent {head.payload_bytes} bytes where {expected} belong"
         if isinstance(message, m.Push):
             return self.refusal_of_push(message, head.sender)
+        if isinstance(message, m.Look):
+            return self.refusal_of_look(message, head.sender)
+        return ""
+
+    def refusal_of_look(self, look: m.Look, worker: int) -> str:
+        if not 0 <= look.table < len(self.flat.tables):
+            return f"worker {worker} looked at table {look.table} of {len(self.flat.tables)}"
+        piece = self.flat.tables[look.table].piece
+        if not 0 <= look.count <= piece.stop - piece.start:
+            return (
+                f"worker {worker} looked at {look.count} rows of the {piece.stop - piece.start} of {piece.name!r} here"
+            )
         return ""
 
     def payload_of(self, message: m.Any) -> int:
-        return self.flat.nbytes if isinstance(message, m.Push) else 0
+        if isinstance(message, m.Look):
+            return message.count * PLACE
+        if isinstance(message, m.Push):
+            counts = message.rows if len(message.rows) == len(self.flat.tables) else [0] * len(self.flat.tables)
+            return self.flat.nbytes + rows_bytes(self.flat.tables, counts)
+        return 0
 
     def refusal_of_push(self, push: m.Push, worker: int) -> str:
         version = self.reading.get(worker)
@@ -134,6 +164,9 @@ class Server:
             return f"worker {worker} pushed share {push.share} of batch {push.batch}, which there is not"
         if not (math.isfinite(push.weight) and push.weight >= 0):
             return f"worker {worker} pushed a weight of {push.weight}"
+        sizes = [table.piece.stop - table.piece.start for table in self.flat.tables]
+        if len(push.rows) != len(sizes) or any(not 0 <= k <= n for k, n in zip(push.rows, sizes, strict=True)):
+            return f"worker {worker} pushed {push.rows} rows of tables of {sizes}"
         if not set(push.absent) <= set(range(len(self.flat.pieces))):
             return f"worker {worker} pushed for {len(self.flat.pieces)} pieces, and left out {push.absent}"
         return ""
@@ -150,30 +183,55 @@ class Server:
 
     # -- workers
 
-    def on_pull(self, peer: int, pull: m.Pull, _: Any) -> None:
+    def on_pull(self, peer: int, pull: m.Pull, payload: Any) -> None:
         if pull.version > self.holding.version:
-            self.waiting.append((peer, pull))
+            self.waiting.append((peer, pull, payload))
             return
         version = self.holding.version
         self.reading[peer] = version
         values = self.holding.read()  # dc will look at them again
         self.send(peer, m.Values(version), [] if pull.has == version else [values.data])
 
+    def on_look(self, peer: int, look: m.Look, payload: Sequence[memoryview]) -> None:
+        if look.version > self.holding.version:
+            self.waiting.append((peer, look, payload))
+            return
+        places = torch.from_numpy(np.frombuffer(payload[0], np.int64).copy()) if payload else torch.empty(0).long()
+        table = self.holding.tables[look.table]
+        if not are_places(places, len(table)):
+            self.refuse(peer, f"worker {peer} looked beyond the {len(table)} rows of table {look.table}")
+            return
+        values = table[places]
+        self.send(peer, m.Rows(look.table), [values.reshape(-1).view(torch.uint8).numpy().data])
+
+    def refuse(self, peer: int, why: str) -> None:
+        """What only its payload shows."""
+        self.ctx.tell("warning", text=f"{why}: refused")
+        self.send(peer, m.Refused(why))
+
     def on_push(self, peer: int, push: m.Push, _: Any) -> None:
-        share, memory = Share(push.batch, push.share), self.placed.pop(peer)
+        share, (memory, row_memory) = Share(push.batch, push.share), self.placed.pop(peer)
+        rows = rows_in(row_memory, self.flat.tables, push.rows)
+        for some, table in zip(rows, self.holding.tables, strict=True):
+            if not are_places(some.places, len(table)):
+                self.spare.append(memory)
+                self.refuse(peer, f"worker {peer} pushed beyond the {len(table)} rows of a table")
+                return
         if share in self.held or self.is_closed(push.batch):  # another has done it meanwhile, or this is said again
             self.spare.append(memory)
         else:
-            pushed = Pushed(memory, push.version, push.weight, peer, frozenset(push.absent))
+            pushed = Pushed(memory, push.version, push.weight, peer, frozenset(push.absent), rows)
             self.check_finite(pushed, push.batch)
             self.held[share] = pushed
         self.send(peer, m.Ack(push.batch, push.share))
 
     def check_finite(self, pushed: Pushed, batch: int) -> None:
-        if all(math.isfinite(t.sum().item()) or bool(t.isfinite().all()) for t in self.flat.parameters(pushed.memory)):
+        given = [*self.flat.parameters(pushed.memory), *(some.values for some in pushed.rows)]
+        if all(math.isfinite(t.sum().item()) or bool(t.isfinite().all()) for t in given):
             return
-        views, _ = self.flat.views(pushed.memory)
-        name = next(p.name for p, v in zip(self.flat.pieces, views, strict=True) if not v.isfinite().all())
+        views = [*self.flat.views(pushed.memory)[0], *(some.values for some in pushed.rows)]
+        names = [piece.name for piece, _ in held_of(self.flat)]
+        name = next(name for name, view in zip(names, views, strict=True) if not view.isfinite().all())
         raise TaskError(
             f"a gradient of parameter {name!r} that worker {pushed.worker} pushed at step {batch + 1} is not finite though the loss was: nothing of "
             "that batch was applied. Look for sqrt, log, norm or a division at 0 in the loss, lower the learning rate, or run with "
@@ -218,8 +276,8 @@ class Server:
         self.holding.forget([*self.reading.values(), *(p.version for p in self.held.values())])
         self.report.compute_s += time.perf_counter() - begun
         ready, self.waiting = self.waiting, []
-        for peer, pull in ready:
-            self.on_pull(peer, pull, None)
+        for peer, wish, payload in ready:
+            getattr(self, handler_of(wish))(peer, wish, payload)
 
     def on_collect(self, peer: int, collect: m.Collect, _: Any) -> None:
         state, tensors = tree.encode("server", self.holding.state())
@@ -237,9 +295,9 @@ class Server:
             if not lost.left:
                 self.ctx.tell("warning", text=f"worker {lost.peer} is gone: {lost.reason}")
             self.reading.pop(lost.peer, None)
-            self.waiting = [(peer, pull) for peer, pull in self.waiting if peer != lost.peer]
-            if (memory := self.placed.pop(lost.peer, None)) is not None:
-                self.spare.append(memory)
+            self.waiting = [wish for wish in self.waiting if wish[0] != lost.peer]
+            if (placed := self.placed.pop(lost.peer, None)) is not None:
+                self.spare.append(placed[0])
         elif self.ctx.world not in (lost.peer, self.ctx.rank):
             pass  # the first server misses it, and says so
         elif lost.error is not None:
@@ -499,7 +557,7 @@ class Lead(Server):
 
     def parts(self) -> dict[str, Any]:
         """A checkpoint as one process would write it."""
-        whole = self.holding.whole_state(self.parts_of_servers(), [flat.pieces for flat in self.flats])
+        whole = self.holding.whole_state(self.parts_of_servers(), self.flats)
         self.meta()
         own = {
             "host_random": [self.host_state] * self.ctx.world,
@@ -514,6 +572,10 @@ class Lead(Server):
             self.feed.next()
             self.feed_at += 1
         return {"sampler": self.feed.state_dict()}
+
+
+def are_places(places: torch.Tensor, rows: int) -> bool:
+    return not len(places) or bool((places.min() >= 0) & (places.max() < rows))
 
 
 def dict_of(model: Sequence[tuple[str, list[int], str]]) -> dict[str, str]:

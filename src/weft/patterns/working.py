@@ -9,10 +9,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from weft.comm.endpoint import Arrival, Lost, Silent
@@ -23,12 +25,12 @@ from weft.data.sampler import Draw
 from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import Feed, make_feed
-from weft.patterns.holding import Flat, describe, flats, untrained
+from weft.patterns.holding import Flat, SomeRows, describe, flats, untrained
 from weft.patterns.parameter_server import ParameterServer
 from weft.patterns.randomness import seed_everything
 from weft.patterns.training import Replica
 from weft.servers import messages as m
-from weft.update import Dense, Update
+from weft.update import Dense, Rows, Update
 
 
 class Feeds:
@@ -151,6 +153,9 @@ class Desk:
         server = head.sender - self.lead
         if isinstance(message, m.Values) and head.payload_bytes:
             return [self.values[server].data]
+        if isinstance(message, m.Rows):
+            self.rows = np.empty(head.payload_bytes, np.uint8)
+            return [self.rows.data]
         if isinstance(message, m.Welcome):
             self.welcome = np.empty(head.payload_bytes, np.uint8)
             return [self.welcome.data]
@@ -164,6 +169,8 @@ class Desk:
         server, message, _ = self.hear()
         if isinstance(message, m.Finish) and not isinstance(message, kinds):
             raise Over
+        if isinstance(message, m.Refused):
+            raise CommError(f"server {self.servers[server]} refused: {message.why}", (self.servers[server],))
         if not isinstance(message, kinds):
             raise CommError(
                 f"server {self.servers[server]} said {type(message).__name__} out of turn", (self.servers[server],)
@@ -193,11 +200,28 @@ class Desk:
                 self.has[server] = values.version
         return changed
 
-    def push(self, batch: int, share: int, weight: float, absent: Sequence[list[int]]) -> None:
-        """``grads`` are with all servers."""
+    def look(self, server: int, table: int, places: torch.Tensor, version: int) -> torch.Tensor:
+        """Rows of a server's table, (K, width)."""
+        own = self.flats[server].tables[table]
+        self.send(server, m.Look(version, table, len(places)), [places.numpy().view(np.uint8).data])
+        self.expect(m.Rows)
+        return torch.from_numpy(self.rows).view(own.dtype).view(len(places), own.width)
+
+    def push(
+        self,
+        batch: int,
+        share: int,
+        weight: float,
+        absent: Sequence[list[int]],
+        rows: Sequence[Sequence[SomeRows]],
+    ) -> None:
+        """``grads``, and rows of tables, are with all servers."""
         for server, memory in enumerate(self.grads):
-            push = m.Push(batch, share, self.has[server], weight, absent[server])
-            self.send(server, push, [memory.data])
+            counts = [len(each.places) for each in rows[server]]
+            push = m.Push(batch, share, self.has[server], weight, absent[server], counts)
+            payload = [each.places for each in rows[server]] + [each.values for each in rows[server]]
+            numbers = [t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in payload]
+            self.send(server, push, [memory.data, *numbers])
         for _ in self.flats:
             self.expect(m.Ack)
 
@@ -248,6 +272,64 @@ class Carrier:
         return missing
 
 
+class Looker:
+    """Before a module looks up rows of a sparse parameter, these are read from the servers: no more of it travels.
+
+    A table is read through nn.Embedding and nn.EmbeddingBag alone; a task that uses one in another way is told."""
+
+    def __init__(self, replica: Borrower, desk: Desk) -> None:
+        self.replica, self.desk, self.version = replica, desk, 0
+        self.places = {  # by parameter: on which server, which of its tables, from and to which row
+            name: [
+                (server, k, table.piece.start, table.piece.stop)
+                for server, flat in enumerate(desk.flats)
+                for k, table in enumerate(flat.tables)
+                if table.piece.name == name
+            ]
+            for name in replica.sparse
+        }
+        names = {id(replica.params[name]): name for name in replica.sparse}
+        self.seen: dict[str, list[torch.Tensor]] = {}
+        for module in replica.model.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and id(module.weight) in names:
+                if module.max_norm is not None:
+                    raise TaskError(
+                        f"{names[id(module.weight)]!r} has max_norm={module.max_norm}, which writes to rows that live on servers: leave it out."
+                    )
+                module.register_forward_pre_hook(partial(self._before, names[id(module.weight)]))
+
+    def begin(self, version: int) -> None:
+        self.version = version
+        self.seen = {name: [] for name in self.replica.sparse}
+
+    @torch.no_grad()
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].reshape(-1).unique()
+        self.seen[name].append(rows)
+        table = self.replica.params[name]
+        for server, k, start, stop in self.places[name]:
+            own = rows[(rows >= start) & (rows < stop)]
+            if len(own):
+                values = self.desk.look(server, k, own - start, self.version)
+                table[own] = values.view(-1, *table.shape[1:])
+
+    def rows(self, update: Update) -> list[list[SomeRows]]:
+        """What of their gradients goes to each server, table by table."""
+        result: list[list[SomeRows]] = [[] for _ in self.desk.flats]
+        for server, flat in enumerate(self.desk.flats):
+            for table in flat.tables:
+                name, start, stop = table.piece
+                entry = cast(Rows, update.entries[name])
+                if not torch.isin(entry.indices, torch.cat([*self.seen[name], entry.indices[:0]])).all():
+                    raise TaskError(
+                        f"{type(self.replica.task).__name__} uses rows of {name!r} that no nn.Embedding looked up, and under a parameter server only "
+                        "such are there: read it through its module, or make it dense (sparse=False)."
+                    )
+                own = (entry.indices >= start) & (entry.indices < stop)
+                result[server].append(SomeRows(entry.indices[own] - start, entry.values[own].reshape(-1, table.width)))
+        return result
+
+
 def flat_of(p: torch.Tensor) -> torch.Tensor:
     """Its numbers in order, to be written to."""
     if not p.is_contiguous():
@@ -260,7 +342,7 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
     take_over(replica, desk.join(describe(replica.model)), ctx)
-    carrier = Carrier(replica, desk)
+    carrier, looker = Carrier(replica, desk), Looker(replica, desk)
     ask, totals = m.Ask(), list[Any]()
     step = ctx.resume.step if ctx.resume else 0
     try:
@@ -272,6 +354,7 @@ def work(ctx: Context) -> Iterator[SafePoint]:
                 return
             carrier.take(desk.pull(order.version))
             pulled = time.perf_counter()
+            looker.begin(order.version)
             if isinstance(order, m.Evaluate):
                 flat = replica.evaluated(order.part, order.parts).flat
                 ask, totals = m.Ask(None, order.part, order.number), [flat.numpy().view(np.uint8).data]
@@ -286,7 +369,7 @@ def work(ctx: Context) -> Iterator[SafePoint]:
                 )
             absent = carrier.give(update)
             computed = time.perf_counter()
-            desk.push(order.batch, order.share, weight, absent)
+            desk.push(order.batch, order.share, weight, absent, looker.rows(update))
             ask, totals = m.Ask(m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)), []
             step = max(step, order.batch + 1)
             report.losses, report.weights = [], []

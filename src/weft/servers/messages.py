@@ -1,7 +1,7 @@
 """What workers and servers tell each other: msgpack of a known schema in a frame's metadata, tensors as raw bytes in its payload.
 
     worker -> first server   Join, Ask(done)              first server -> worker   Welcome, Train, Evaluate, Finish
-    worker -> servers        Pull, Push                   servers -> worker        Values, Ack
+    worker -> servers        Pull, Look, Push             servers -> worker        Values, Rows, Ack, Refused
     first server -> others   Close, Apply, Collect, Leave others -> first          Square, State
 
 A push is held until the first server, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
@@ -77,14 +77,32 @@ class Values(Message, frozen=True):
     version: int
 
 
+class Look(Message, frozen=True):
+    """Rows of the server's table number ``table``, at ``version`` or later. Payload: their places in it, ``count`` numbers of int64."""
+
+    version: int
+    table: int
+    count: int
+
+
+class Rows(Message, frozen=True):
+    table: int
+
+
 class Push(Message, frozen=True):
-    """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched."""
+    """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched. ``rows``: how many of each table,
+    whose places (int64) and values follow in the payload, table by table."""
 
     batch: int
     share: int
     version: int
     weight: float
     absent: list[int] = []
+    rows: list[int] = []
+
+
+class Refused(Message, frozen=True):
+    why: str
 
 
 class Ack(Message, frozen=True):
@@ -141,7 +159,10 @@ Any = (
     | Finish
     | Pull
     | Values
+    | Look
+    | Rows
     | Push
+    | Refused
     | Ack
     | Close
     | Square
