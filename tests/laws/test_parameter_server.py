@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.laws.reference import Odd, Ragged, Regression, distance, train_plainly
+from tests.data.streaming import write_shards
+from tests.laws.reference import Augmented, Odd, Ragged, Regression, distance, train_plainly
+from tests.streaming_task import Watched
 from torch import Tensor, nn
 
 import weft
@@ -26,6 +31,7 @@ from weft.errors import CommError, ConfigError, MemberFailed
 from weft.events import losses_of, read_events
 from weft.patterns import working
 from weft.patterns.holding import Flat, Holding, Pushed
+from weft.report.html import write_report
 from weft.servers import messages
 from weft.servers.ranges import Piece
 from weft.tasks.digits import Digits
@@ -484,3 +490,68 @@ def test_a_table_that_is_used_in_another_way_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "b", Bounded(), 2, ParameterServer(), batch=24)
     with pytest.raises(ConfigError, match=r"correction=dc.*table.weight.*correction=rate"):
         train(tmp_path / "c", Wide(), 2, ParameterServer(staleness=1, correction="dc"), batch=24)
+
+
+# -- data, stops, what is told
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("data", ["npy", "counting", "shuffled", "stateful"])
+def test_any_share_of_data_that_streams(tmp_path: Path, data: str) -> None:
+    """Over the end of an epoch; what a killed worker was at is drawn by another, who is elsewhere in the data."""
+    source = write_shards(tmp_path / "data", [60, 47, 96], "npy") if data == "npy" else data
+    (tmp_path / "notes").mkdir()
+    task, settings = Watched(source, str(tmp_path / "notes")), {"batch": 10, "steps": 26, "save_every": 5}
+    world = 3 if data == "npy" else 1  # joined batches of shards depend on how many deal them out
+    truth = train(tmp_path / "all", task, world, cast(Any, AllReduce()), **settings)
+    pattern, faults = ParameterServer(servers=1, staleness=0), [kill(rank=1, step=9)]
+    found = train(tmp_path / "ps", task, 3, pattern, cluster="local", faults=faults, **settings)
+    assert distance(found, truth) <= EQUAL
+    if data == "npy":
+        return
+    with pytest.raises(MemberFailed):
+        train(tmp_path / "cut", task, 2, pattern, cluster="local", faults=[kill(rank=2, step=13)], **settings)
+    weft.resume(tmp_path / "cut" / "run", task=task, workers=3)
+    assert distance(final_parameters(tmp_path / "cut" / "run"), truth) <= EQUAL
+
+
+class Unhurried(Augmented):
+    """Noise from all generators, and time for a signal."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        time.sleep(0.005)
+        return super().loss(model, batch)
+
+
+class StopAfterTheFirstSave:
+    def on_plan(self, plan: Any) -> None: ...
+    def on_output(self, member: int, text: str) -> None: ...
+    def on_idle(self) -> None: ...
+    def on_event(self, event: Any) -> None:
+        if event.kind == "saved" and event.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.multiprocess
+def test_a_stop_and_a_resume_are_bit_equal(tmp_path: Path) -> None:
+    """Whoever computes a share: its random numbers are its own."""
+    settings: dict[str, Any] = {"workers": 3, "steps": 60, "batch": 24, "save_every": 10, "eval_every": 20}
+    pattern = ParameterServer(servers=2)
+    calm = weft.run(Unhurried(), pattern, run_dir=tmp_path / "calm", **settings)
+    with pytest.raises(weft.Interrupted, match="weft resume"):
+        weft.run(Unhurried(), pattern, run_dir=tmp_path / "run", observer=StopAfterTheFirstSave(), **settings)
+    (stopped,) = [e.step for e in read_events(tmp_path / "run" / "events.jsonl") if e.kind == "stopped"]
+    assert 10 <= stopped < 60
+    result = weft.resume(tmp_path / "run", task=Unhurried())
+    assert (result.steps, result.loss) == (60, calm.loss)
+    a, b = final_parameters(calm.run_dir), final_parameters(tmp_path / "run")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_events_and_report_tell_each_step_and_how_late_it_was(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"cluster": "inprocess", "workers": 3, "steps": 20, "batch": 24, "eval_every": 5}
+    weft.run(Regression(), ParameterServer(servers=2, staleness=2), run_dir=tmp_path / "run", **settings)
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    assert [step for e in events for step, _ in losses_of(e)] == list(range(1, 21))
+    assert [e.step for e in events if e.kind == "eval"] == [5, 10, 15, 20]
+    assert "Lateness of gradients" in write_report(tmp_path / "run").read_text()
