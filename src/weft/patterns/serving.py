@@ -424,6 +424,9 @@ class Lead(Server):
     def refusal(self, message: m.Any, head: Head) -> str:
         if isinstance(message, m.State | m.Square) and head.sender not in self.others:
             return f"member {head.sender} said what only other servers do"
+        if isinstance(message, m.Ask) and (done := message.done) is not None:
+            if not (math.isfinite(done.loss) and 0 <= done.weight < math.inf and done.drawn > 0):
+                return f"worker {head.sender} has a loss of {done.loss} over {done.weight} of {done.drawn} examples"
         return super().refusal(message, head)
 
     def hand_out(self) -> None:
