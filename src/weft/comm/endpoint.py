@@ -147,6 +147,7 @@ class Endpoint(ABC):
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
         self._asked: dict[int, float] = {}  # by recv_any: when those that have not answered yet were asked
         self._silent: set[int] = set()  # those told of
+        self._silent_since: dict[int, float] = {}
         self._signed = 0.0  # when we last gave those that we wait with a sign of life
         self._look_again = 0.0
         self._place_any: Place | None = None
@@ -251,7 +252,13 @@ class Endpoint(ABC):
                 self._send(peer, self._control(Kind.PING), ())
             elif quiet_s >= self.deadline_s and now - asked >= self._ask_after_s and peer not in self._silent:
                 self._silent.add(peer)
+                self._silent_since[peer] = now
                 self._events.append(Silent(peer, self._incarnation_of(peer), quiet_s))
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Those told of as Silent of whom nothing has been heard since."""
+        return frozenset(p for p in self._silent if self._heard.get(p, 0.0) <= self._silent_since.get(p, 0.0))
 
     def _incarnation_of(self, peer: int) -> int:
         return 0

@@ -118,7 +118,17 @@ class InprocEndpoint(Endpoint):
             else:
                 self._answer(peer, head)
             return True
-        receiving = self._taker(peer, head)
+        by_name = bool(self._posted.get(peer))
+        try:
+            receiving = self._taker(peer, head)
+        except CommError as refusal:
+            if by_name or self._place_any is None:  # the error of the call under way
+                raise
+            inbox.clear()
+            self._others[peer]._inbox[self.member].append((self._goodbye(refusal), b""))
+            self._others[peer]._wake()
+            self._has_lost(Lost(peer, head.incarnation, f"its frame was refused: {refusal}"))
+            return True
         if receiving is None:
             return False
         inbox.popleft()

@@ -176,12 +176,12 @@ class Driver:
                     role = alive.pop(event.member)
                     if event.failed and not killed:
                         failure = failure_of(event, role)
-                        if role in spared and failure.may_be_spared and role in alive.values():
+                        others = role in alive.values() or not (failures or set(alive.values()) - spared)
+                        if role in spared and failure.may_be_spared and others:
                             gone.append(failure)
                             self.tell("left", member=event.member, cause=failure.cause)
                             continue
-                        failures += [*gone, failure]
-                        gone = []
+                        failures += [*(each for each in gone if each.member in failure.blames), failure]
                         first_failure_s = min(first_failure_s, time.monotonic())
             self.observer.on_idle()
             now = time.monotonic()

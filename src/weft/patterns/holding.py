@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, Incompatible
 from weft.patterns.base import BufferFact, Context, Facts
 from weft.patterns.elementwise import is_large
 from weft.patterns.optimizer_state import load_optimizer_state_by_name, optimizer_state_by_name
@@ -168,12 +168,20 @@ class Holding:
         self.flat, self.pattern = flat, cast(ParameterServer, ctx.pattern)
         task, config = ctx.task, ctx.config
         seed_everything(key_int(config.seed, "data"))
-        task.data()  # it may draw what model() draws after it
+        self.train, _ = task.data()  # it may draw what model() draws after it
         seed_everything(key_int(config.seed, "init"))
         self.model = task.model().to(ctx.device, cast(torch.dtype, getattr(torch, config.dtype)))
         self.first_names = first_names(self.model)
         self.params = trainable(self.model)
+        for p in self.params.values():
+            p.data = p.data.contiguous()  # pieces are of the numbers in their order
         self.optimizer = task.optimizer(list(self.params.values()))
+        if self.pattern.servers > 1 and (
+            self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        ):
+            raise Incompatible(
+                f"{type(self.optimizer).__name__} has hooks, which would see one server's part of the parameters: use servers=1."
+            )
         self.schedule = task.schedule(self.optimizer, ctx.total_steps)
         if ctx.resume is not None:
             self._load(ctx.resume.parts[FIRST_PART])
@@ -223,7 +231,10 @@ class Holding:
             if piece.name in states:
                 own = cut(states[piece.name], piece.start * width, piece.stop * width, self.params[piece.name].numel())
                 p = self.stepped[piece.name]
-                self.optimizer.state[p] = {k: v.view(p.shape) if is_large(k, v) else v for k, v in own.items()}
+                is_part = p.numel() < self.params[piece.name].numel()  # of which each tensor is cut as it is
+                self.optimizer.state[p] = {
+                    k: v.view(p.shape) if is_part and is_large(k, v) else v for k, v in own.items()
+                }
 
     # -- versions
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SERVER = "server"
 CARRIERS = ("tcp", "inproc")
 ROWWISE = ("SparseAdam",)  # beside ELEMENTWISE: each number by itself, of sparse gradients
-ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,7 @@ class ParameterServer(Pattern):
     def sizes(self, facts: Facts) -> dict[str, Size]:
         """Of a sparse parameter rows are what is not cut."""
         return {
-            p.name: Size(p.shape[0], math.prod(p.shape[1:]) * ITEMSIZE[p.dtype])
-            if p.sparse
-            else Size(math.prod(p.shape), ITEMSIZE[p.dtype])
+            p.name: Size(num := p.shape[0] if p.sparse else math.prod(p.shape), p.nbytes // num if num else 1)
             for p in facts.params
             if p.trainable
         }
@@ -204,9 +201,12 @@ class ParameterServer(Pattern):
         if role != SERVER:
             return self.memory(facts, workers, carrier)
         trained = sum(p.nbytes for p in facts.params if p.trainable) // self.servers
+        late = (
+            0 if self.staleness == 0 else workers
+        )  # versions that somebody is still at work on, shares that wait for their batch
         return {
-            "parameters": 3 * trained,  # held, as they were last read, and joined gradients
-            "pushed": workers * trained,
+            "parameters": (3 + late) * trained,  # held, as they were last read, and joined gradients
+            "pushed": (workers + late) * trained,
             "optimizer": facts.optimizer_bytes // self.servers,
         }
 
@@ -220,7 +220,7 @@ class ParameterServer(Pattern):
             result.append(f"sparse gradients ({', '.join(sparse)}): workers read and push touched rows only")
         if not self.cuts(facts) and self.servers > 1:
             result.append(
-                f"{facts.optimizer} is not known to treat each number by itself: no parameter is cut between servers"
+                f"{facts.optimizer} is not known to treat each number by itself: no parameter is cut between servers (if it looks at several together, use servers=1)"
             )
         return result
 

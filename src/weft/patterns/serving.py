@@ -48,6 +48,7 @@ from weft.update import EPSILON
 TICK_S = 0.5  # after which one that hears nothing looks whether it shall stop
 
 
+ALL_SILENT = 10  # deadlines: one that computes a share gives no sign of life either
 FROM_LEAD = (m.Close, m.Apply, m.Collect, m.Leave)
 FROM_WORKERS = (m.Join, m.Ask, m.Pull, m.Look, m.Push)
 
@@ -70,7 +71,11 @@ class Server:
         self.flat = all_flats[self.index]
         self.holding = Holding(ctx, self.flat)
         if self.index:
-            del self.holding.model, self.holding.params  # only the first makes the whole of its parts
+            del (
+                self.holding.model,
+                self.holding.params,
+                self.holding.train,
+            )  # only the first makes the whole of its parts
         self.held: dict[Share, Pushed] = {}
         self.closed: set[int] = set()  # batches, among the latest
         self.open_from = self.holding.version  # all batches before it are closed
@@ -245,9 +250,14 @@ class Server:
 
     def on_close(self, peer: int, close: m.Close, _: Any = None) -> None:
         begun = time.perf_counter()
+        if missing := [share for share in close.shares if Share(close.batch, share) not in self.held]:
+            raise CommError(
+                f"batch {close.batch} was closed with share {missing[0]}, which server {self.ctx.rank} never got"
+            )
         pushed = [self.held.pop(Share(close.batch, share)) for share in close.shares]
         self.holding.join(pushed, close.factor)
-        self.report.staleness = [self.holding.version - each.version for each in pushed]
+        if self.index == 0:  # once for all
+            self.report.staleness = [self.holding.version - each.version for each in pushed]
         self.spare += [each.memory for each in pushed]
         for share in [share for share in self.held if share.batch == close.batch]:  # of those that nobody waits for
             self.spare.append(self.held.pop(share).memory)
@@ -333,20 +343,17 @@ class Lead(Server):
         self.states: dict[int, dict[str, Any]] = {}  # by server
         self.totals = Totals(ctx.task, ctx.facts.sums)
         self.stopping = False
+        self.all_silent_since = math.inf
         self.description = describe(self.holding.model)
         self.welcome = [
             t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in untrained(self.holding.model, ctx.facts)
         ]
-        seed_everything(key_int(ctx.config.seed, "data"))
-        train, _ = ctx.task.data()
         dtype = cast(torch.dtype, getattr(torch, ctx.config.dtype))
-        self.feed = make_feed(train, dataclasses.replace(ctx, rank=0), dtype)
+        self.feed = make_feed(self.holding.train, dataclasses.replace(ctx, rank=0), dtype)
         self.feed_at = begin
         if ctx.resume is not None:
             self.feed.load_state_dict(ctx.resume.meta["sampler"])
             self.feed.load_stream_state(ctx.resume.parts[FIRST_PART].get("stream"))
-        seed_everything(key_int(ctx.config.seed, "worker", 0, begin))
-        self.host_state = host_state()
 
     def run(self) -> Iterator[SafePoint]:
         try:
@@ -364,17 +371,18 @@ class Lead(Server):
         self.ledger.pause(self.next_pause(self.holding.version))
         while self.holding.version < total:
             self.turn(TICK_S)
+            while self.applied:
+                version, report = self.applied.popleft()
+                self.follow(version)
+                yield self.safe_point(version, report)
+                if version == self.ledger.limit and not self.stopping:
+                    self.ledger.pause(self.next_pause(version))
+                    self.hand_out()
             if not self.stopping and self.ctx.stop_requested():
                 self.stopping = True
                 begun = self.ledger.begun  # one more where nothing is under way: what is not new is not saved
                 self.ledger.limit = min(total, max(begun, self.ledger.closed + 1))
                 self.hand_out()
-            while self.applied:
-                version, report = self.applied.popleft()
-                yield self.safe_point(version, report)
-                if version == self.ledger.limit and not self.stopping:
-                    self.ledger.pause(self.next_pause(version))
-                    self.hand_out()
 
     def next_pause(self, version: int) -> int:
         """The next version at which the run is saved or evaluated."""
@@ -395,6 +403,19 @@ class Lead(Server):
             self.send(other, m.Leave())
 
     # -- work
+
+    def turn(self, timeout_s: float) -> None:
+        super().turn(timeout_s)
+        self.hand_out()  # also to one who has come back
+        if self.endpoint.silent >= self.workers:
+            self.all_silent_since = min(self.all_silent_since, time.monotonic())
+            if time.monotonic() - self.all_silent_since > ALL_SILENT * self.endpoint.deadline_s:
+                raise DeadlineExceeded(
+                    f"no worker has given a sign of life for {ALL_SILENT} deadlines of {self.endpoint.deadline_s:g} s",
+                    tuple(sorted(self.workers)),
+                )
+        else:
+            self.all_silent_since = math.inf
 
     def on_join(self, peer: int, join: m.Join, _: Any) -> None:
         own, theirs = dict_of(self.description), dict_of(join.model)
@@ -431,7 +452,8 @@ class Lead(Server):
 
     def hand_out(self) -> None:
         """Something to do for everybody who asks, as long as there is."""
-        for worker in list(self.idle):
+        silent = self.endpoint.silent  # who does not answer is not waited for
+        for worker in [worker for worker in self.idle if worker not in silent]:
             order = self.work_for(worker)
             if order is not None:
                 self.idle.remove(worker)
@@ -452,7 +474,7 @@ class Lead(Server):
         share = Share(done.batch, done.share)
         if not self.is_closed(done.batch) and share in self.held:
             self.told.setdefault(share, (peer, done))
-            if shares := self.ledger.done(share):
+            if shares := self.ledger.done(share, done.weight):
                 self.closing[done.batch] = shares
                 self.close_next()
 
@@ -561,19 +583,29 @@ class Lead(Server):
     def parts(self) -> dict[str, Any]:
         """A checkpoint as one process would write it."""
         whole = self.holding.whole_state(self.parts_of_servers(), self.flats)
-        self.meta()
         own = {
-            "host_random": [self.host_state] * self.ctx.world,
+            "host_random": self.host_random(),
             "chain": [],
             "stream": self.feed.stream_state(),
             "exchange": {},
         }
         return {FIRST_PART: whole | own}
 
-    def meta(self) -> dict[str, Any]:
-        while self.feed_at < self.holding.version:
+    def host_random(self) -> list[torch.Tensor]:
+        """For a pattern whose ranks keep such: each its own. Here they follow from the share."""
+        states = []
+        for rank in range(self.ctx.world):
+            seed_everything(key_int(self.ctx.config.seed, "worker", rank, self.holding.version))
+            states.append(host_state())
+        return states
+
+    def follow(self, version: int) -> None:
+        """In the data, batch by batch: of a stream all at once would take long."""
+        while self.feed_at < version:
             self.feed.next()
             self.feed_at += 1
+
+    def meta(self) -> dict[str, Any]:
         return {"sampler": self.feed.state_dict()}
 
 

@@ -130,7 +130,7 @@ class Replica:
         self.running = {n: b for n, b in self.model.named_buffers() if n in running}
         self.running_places = [place for each in places(self.model, running).values() for place in each]
         self.optimizer = self._make_optimizer()
-        self.schedule = task.schedule(self.optimizer, ctx.total_steps)
+        self.schedule = self._make_schedule()
         self.stepped: Mapping[str, nn.Parameter] = (
             self.params
         )  # by the optimizer: an exchange may leave it a part of them
@@ -171,6 +171,9 @@ class Replica:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return self.task.optimizer(list(self.params.values()))
+
+    def _make_schedule(self) -> Any:
+        return self.task.schedule(self.optimizer, self.ctx.total_steps)
 
     @property
     def names(self) -> Sequence[str]:

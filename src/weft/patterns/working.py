@@ -87,6 +87,14 @@ class Borrower(Replica):
         self.feeds = Feeds(ctx, self.train)
         self.drawn_in_all = 0
 
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            list(self.params.values()), lr=0.0
+        )  # never stepped: the task's may hold a table's worth of state
+
+    def _make_schedule(self) -> None:
+        return None
+
     def of_share(self, batch: int, share: int) -> Update:
         """Its part of the joined gradient."""
         seed_everything(key_int(self.seed, "share", batch, share))
@@ -243,12 +251,12 @@ class Carrier:
     def take(self, servers: Sequence[int]) -> None:
         """What came of them, into the model."""
         for server in servers:
-            pieces, running = self.values[server]
+            pieces, _ = self.values[server]
             targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[server].pieces]
             if targets:
                 torch._foreach_copy_(targets, pieces)
-            for buffer, value in zip(self.running, running, strict=False):
-                buffer.copy_(value.view(buffer.shape))
+        for buffer, value in zip(self.running, self.values[0][1], strict=True):  # our own last share has moved them
+            buffer.copy_(value.view(buffer.shape))
 
     @torch.no_grad()
     def give(self, update: Update) -> list[list[int]]:
@@ -296,15 +304,15 @@ class Looker:
                     raise TaskError(
                         f"{names[id(module.weight)]!r} has max_norm={module.max_norm}, which writes to rows that live on servers: leave it out."
                     )
-                module.register_forward_pre_hook(partial(self._before, names[id(module.weight)]))
+                module.register_forward_pre_hook(partial(self._before, names[id(module.weight)]), with_kwargs=True)
 
     def begin(self, version: int) -> None:
         self.version = version
         self.seen = {name: [] for name in self.replica.sparse}
 
     @torch.no_grad()
-    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].reshape(-1).unique()
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        rows = (args[0] if args else named["input"]).reshape(-1).unique().long()
         self.seen[name].append(rows)
         table = self.replica.params[name]
         for server, k, start, stop in self.places[name]:
@@ -341,11 +349,11 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     """Until there is nothing left to do."""
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
-    take_over(replica, desk.join(describe(replica.model)), ctx)
     carrier, looker = Carrier(replica, desk), Looker(replica, desk)
     ask, totals = m.Ask(), list[Any]()
     step = ctx.resume.step if ctx.resume else 0
     try:
+        take_over(replica, desk.join(describe(replica.model)), ctx)
         while not desk.over:
             begun, sent, messages = time.perf_counter(), desk.bytes_sent, desk.messages
             order = desk.ask(ask, totals)
@@ -372,7 +380,7 @@ def work(ctx: Context) -> Iterator[SafePoint]:
             desk.push(order.batch, order.share, weight, absent, looker.rows(update))
             ask, totals = m.Ask(m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)), []
             step = max(step, order.batch + 1)
-            report.losses, report.weights = [], []
+            report.losses, report.weights, report.examples = [], [], 0  # the first server tells these of all
             report.wait_s, report.exchange_s = asked - begun, pulled - asked + time.perf_counter() - computed
             report.bytes_sent, report.messages = desk.bytes_sent - sent, desk.messages - messages
             yield SafePoint(step, False, False, report, dict, False, dict, dict, follows=True)

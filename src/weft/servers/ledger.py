@@ -26,6 +26,7 @@ class _Open:
     free: set[int]
     held: dict[int, set[int]] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    weight: float = 0.0  # of these
 
 
 class Ledger:
@@ -68,15 +69,17 @@ class Ledger:
             self._next = batch + 1
         return self._open[batch]
 
-    def done(self, share: Share) -> list[int]:
-        """All servers have it. The shares of its batch, in order, if it closes with this; a share that is not waited for changes nothing."""
+    def done(self, share: Share, weight: float = 1.0) -> list[int]:
+        """All servers have it. The shares of its batch, in order, if it closes with this; a share that is not waited for changes nothing.
+        ``weight``: of its examples; a batch is not closed early with shares of nothing."""
         batch = self._open.get(share.batch)
         if batch is None or share.share in batch.done:
             return []
         batch.done.add(share.share)
         batch.free.discard(share.share)
         batch.held.pop(share.share, None)
-        if len(batch.done) < self.shares - self.backups:
+        batch.weight += weight
+        if len(batch.done) < (self.shares - self.backups if batch.weight else self.shares):
             return []
         del self._open[share.batch]
         self._closed.add(share.batch)
