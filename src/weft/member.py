@@ -29,7 +29,7 @@ from weft.errors import CheckpointError, CommError, RunFolderError
 from weft.events import Event
 from weft.loading import load_task
 from weft.patterns import registry
-from weft.patterns.base import Context, Pattern, Resume, SafePoint, StepReport, left_behind
+from weft.patterns.base import Context, Deposed, Pattern, Resume, SafePoint, StepReport, left_behind
 from weft.patterns.handover import without
 from weft.patterns.preflight import own_device, preflight
 from weft.resilience import checkpoint
@@ -261,32 +261,50 @@ class Reporter:
 
 def drive(points: Any, reporter: Reporter, job: Job, link: Link, spans: Spans | None = None) -> None:
     """At each safe point: evaluate, save or stop, as the run's settings say. All members decide alike."""
-    config = job.config
     span = spans.span if spans is not None else lambda name: contextlib.nullcontext()
-    save_every, eval_every = job.save_every, config.eval_every
     reporter.begin(reporter.step)
+    led = reporter.step  # up to here what is due was done
     for point in points:
         if point.follows:
+            reporter.leads = False
             reporter.add(point)
             continue
-        is_new = point.version > reporter.step
+        reporter.leads = reporter.leads or point.leads
+        is_new = point.version > led
+        led = max(led, point.version)
         if is_new:
             reporter.add(point)
-        done = point.ended or point.stop
-        if is_new and (done or (save_every and point.version % save_every == 0)):
-            reporter.flush()
-            with span("save"):
-                save(point, reporter, job, link)
-        if point.ended or (eval_every and point.version % eval_every == 0):
-            reporter.flush()
-            with span("evaluate"):
-                metrics = point.evaluate()
-            if reporter.leads:
-                reporter.send("eval", **metrics)
+        try:
+            keep(point, is_new, reporter, job, link, span)
+        except Deposed:
+            continue
         if point.stop and not point.ended:
             if reporter.leads:
                 reporter.send("stopped", reason="asked to")
             return
+
+
+def keep(
+    point: SafePoint,
+    is_new: bool,
+    reporter: Reporter,
+    job: Job,
+    link: Link,
+    span: Callable[[str], contextlib.AbstractContextManager[Any]],
+) -> None:
+    """What is due here is saved and evaluated."""
+    save_every, eval_every = job.save_every, job.config.eval_every
+    done = point.ended or point.stop
+    if is_new and (done or (save_every and point.version % save_every == 0)):
+        reporter.flush()
+        with span("save"):
+            save(point, reporter, job, link)
+    if point.ended or (eval_every and point.version % eval_every == 0):
+        reporter.flush()
+        with span("evaluate"):
+            metrics = point.evaluate()
+        if reporter.leads:
+            reporter.send("eval", **metrics)
 
 
 def save(point: SafePoint, reporter: Reporter, job: Job, link: Link) -> None:

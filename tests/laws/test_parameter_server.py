@@ -231,14 +231,11 @@ def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> 
         holding.pattern = ParameterServer(
             staleness=4, correction=correction, **({"dc_lambda": 0.5} if correction == "dc" else {})
         )
-        holding.memory, holding.joined = memory_of(flat, now), flat.memory()
+        holding.memory, holding.tables = memory_of(flat, now), []
         holding.versions = {5: memory_of(flat, read), 7: holding.memory}
-        holding.grads, holding.joined_running = flat.views(holding.joined)
-        holding.stepped = {"w": nn.Parameter(torch.zeros(3, dtype=torch.float64))}
+        holding.take(flat.memory(), frozenset(), [])
         holding.join([Pushed(memory_of(flat, late), 5, 1.0, 0), Pushed(memory_of(flat, fresh), 7, 1.0, 1)], 2.0)
-        grad = holding.stepped["w"].grad
-        assert grad is not None
-        assert torch.allclose(grad, 2 * truth, rtol=1e-12), correction
+        assert torch.allclose(holding.grads[0], 2 * truth, rtol=1e-12), correction
 
 
 def memory_of(flat: Flat, values: Tensor) -> Any:
@@ -376,7 +373,7 @@ def misdeed(change: Callable[[messages.Push, list[Any]], tuple[Any, list[Any]]])
             if isinstance(message, messages.Push):
                 message, payload = change(message, list(payload))
             if isinstance(message, bytes):
-                self.endpoint.isend(self.servers[server], 0, message, payload)
+                self.endpoint.isend(server, 0, message, payload)
             else:
                 send(self, server, message, payload)
 
@@ -398,7 +395,7 @@ MISDEEDS = {
     "no such batch": push_with(batch=10**9),
     "weight": push_with(weight=math.nan),
     "absent": push_with(absent=[77]),
-    "close": misdeed(lambda push, payload: (messages.Close(1, 2, [0], 1.0), [])),
+    "close": misdeed(lambda push, payload: (messages.Close(0, 1, 2, [0], 1.0), [])),
     "leave": misdeed(lambda push, payload: (messages.Leave(), [])),
 }
 

@@ -145,6 +145,8 @@ class Endpoint(ABC):
         self._posted: dict[int, deque[Receiving]] = {}
         self._lost: dict[int, Lost] = {}
         self._heard: dict[int, float] = {}  # when each peer last gave a sign of life
+        #: Seconds without a sign of life after which a peer is told of as silent, where it is not the deadline.
+        self.patience: dict[int, float] = {}
         self._asked: dict[int, float] = {}  # by recv_any: when those that have not answered yet were asked
         self._silent: set[int] = set()  # those told of
         self._silent_since: dict[int, float] = {}
@@ -223,7 +225,7 @@ class Endpoint(ABC):
                 if self._interruption is not None:
                     raise self._interruption
                 left = until - time.monotonic()
-                self._progress(max(0.0, min(left, self._ask_after_s / 4)))
+                self._progress(max(0.0, min(left, self._look_every_s)))
                 self._look_for_silent()
                 if left <= 0 and not self._events:
                     raise DeadlineExceeded(f"member {self.member} heard nothing within its deadline")
@@ -231,26 +233,31 @@ class Endpoint(ABC):
         finally:
             self._place_any = None
 
-    @property
-    def _ask_after_s(self) -> float:
+    def _ask_after_s(self, patience_s: float) -> float:
         """Of silence; and how long an answer may take."""
-        return min(1.0, self.deadline_s / 4)
+        return min(1.0, patience_s / 4)
+
+    @property
+    def _look_every_s(self) -> float:
+        return self._ask_after_s(min([self.deadline_s, *self.patience.values()])) / 4
 
     def _look_for_silent(self) -> None:
         """What has come was read before: who has no sign of life there was asked in time, and did not answer."""
         now = time.monotonic()
         if now < self._look_again:  # a busy server has no time to look at all peers between any two frames
             return
-        self._look_again = now + self._ask_after_s / 4
+        self._look_again = now + self._look_every_s
         for peer in self.peers:
             quiet_s, asked = now - self._heard.setdefault(peer, now), self._asked.get(peer)
-            if quiet_s < self._ask_after_s:
+            patience_s = self.patience.get(peer, self.deadline_s)
+            answer_s = self._ask_after_s(patience_s)
+            if quiet_s < answer_s:
                 self._asked.pop(peer, None)
                 self._silent.discard(peer)
             elif asked is None or asked < self._heard[peer]:
                 self._asked[peer] = now
                 self._send(peer, self._control(Kind.PING), ())
-            elif quiet_s >= self.deadline_s and now - asked >= self._ask_after_s and peer not in self._silent:
+            elif quiet_s >= patience_s and now - asked >= answer_s and peer not in self._silent:
                 self._silent.add(peer)
                 self._silent_since[peer] = now
                 self._events.append(Silent(peer, self._incarnation_of(peer), quiet_s))

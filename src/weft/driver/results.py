@@ -67,6 +67,8 @@ class Totals:
         self._marks: list[tuple[float, float]] = []  # (time, joined examples since the mark before) by the lead
 
     def add(self, event: Event) -> None:
+        if event.kind == "view":
+            self.lead = event.values["lead"]
         if event.kind == "eval":
             self.metrics = dict(event.values)
         if event.kind == "started" and event.member == self.lead:

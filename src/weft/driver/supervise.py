@@ -174,6 +174,8 @@ class Driver:
                     self.answers[event.member] = event
                 elif isinstance(event, Exited):
                     role = alive.pop(event.member)
+                    if not event.failed and event.member == self.totals.lead:
+                        ended_s = min(ended_s, time.monotonic())
                     if event.failed and not killed:
                         failure = failure_of(event, role)
                         others = role in alive.values() or not (failures or set(alive.values()) - spared)
@@ -191,8 +193,7 @@ class Driver:
                 self.tell("warning", text=f"stopping at the next step where all can, and saving{again}")
                 self.session.request_stop()
             too_late = now - max(stop_asked_s, self.heard_s) > config.deadline_s + STOP_S
-            if spared and alive and not failures and set(alive.values()) <= spared:  # nobody is left who waits for them
-                ended_s = min(ended_s, now)
+            if alive and not failures and set(alive.values()) <= spared:  # nobody is left who waits for them
                 over = now - ended_s > GRACE_S
             if alive and not killed and (self.interrupts.count > 1 or too_late or over):
                 self.session.kill()

@@ -350,12 +350,17 @@ class StepReport:
     staleness: list[int] = field(default_factory=list)  # of each share that was joined: updates since it read
 
 
+class Deposed(Exception):
+    """Raised where a member evaluates or saves for all, and finds that another leads meanwhile: there it is done."""
+
+
 @dataclass(slots=True)
 class SafePoint:
     """The role's state is consistent: the driver may save, evaluate, stop here. ``stop``: all members agreed to stop.
 
     ``parts`` (by all members together): what this member writes to a checkpoint, by name; ``joint``: others than rank 0
-    write, too. ``follows``: where another member leads, who alone evaluates, saves and stops; here is only what was done.
+    write, too. ``follows``: where another member leads, who alone evaluates, saves and stops; here is only what was done. ``leads``: it is this
+    one, where who leads may change.
     """
 
     version: int
@@ -367,6 +372,7 @@ class SafePoint:
     meta: Callable[[], dict[str, Any]]
     evaluate: Callable[[], dict[str, float]]
     follows: bool = False
+    leads: bool = False
 
 
 @dataclass(frozen=True)

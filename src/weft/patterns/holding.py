@@ -161,77 +161,94 @@ class Pushed:
     rows: Sequence[SomeRows] = ()  # by table
 
 
-class Holding:
-    """Built as every worker builds its own, or taken up from a checkpoint; then only this server's pieces are kept."""
+class Built:
+    """What every worker builds for itself, or a checkpoint's: of it a server's holdings are cut, and on the lead a whole one is put together again."""
 
-    def __init__(self, ctx: Context, flat: Flat) -> None:
-        self.flat, self.pattern = flat, cast(ParameterServer, ctx.pattern)
-        task, config = ctx.task, ctx.config
+    def __init__(self, ctx: Context) -> None:
+        self.task, self.total_steps = ctx.task, ctx.total_steps
+        config = ctx.config
         seed_everything(key_int(config.seed, "data"))
-        self.train, _ = task.data()  # it may draw what model() draws after it
+        self.train, _ = self.task.data()  # it may draw what model() draws after it
         seed_everything(key_int(config.seed, "init"))
-        self.model = task.model().to(ctx.device, cast(torch.dtype, getattr(torch, config.dtype)))
+        self.model = self.task.model().to(ctx.device, cast(torch.dtype, getattr(torch, config.dtype)))
         self.first_names = first_names(self.model)
         self.params = trainable(self.model)
         for p in self.params.values():
             p.data = p.data.contiguous()  # pieces are of the numbers in their order
-        self.optimizer = task.optimizer(list(self.params.values()))
-        if self.pattern.servers > 1 and (
+        self.version = ctx.resume.step if ctx.resume else 0
+        self.loaded = ctx.resume.parts[FIRST_PART] if ctx.resume else None
+        if self.loaded is not None:
+            if differs := unlike(self.loaded["model"], self.model.state_dict(), "the checkpoint", "the task's model"):
+                raise CheckpointError(
+                    f"the checkpoint is of another model: {differs}. Resume with the task, and its options, that it was made by."
+                )
+            self.model.load_state_dict(self.loaded["model"])
+
+    def optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Another one of all parameters, as they began, and its schedule."""
+        optimizer = self.task.optimizer(list(self.params.values()))
+        schedule = self.task.schedule(optimizer, self.total_steps)
+        names = {id(p): n for n, p in self.params.items()}
+        self.groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        if self.loaded is not None:
+            load_optimizer_state_by_name(optimizer, self.params, self.loaded["optimizer"])
+            if schedule is not None and self.loaded["schedule"] is not None:
+                schedule.load_state_dict(self.loaded["schedule"])
+        return optimizer, schedule
+
+    def let_go(self) -> None:
+        """Of what is needed to put a whole together only, or to begin with."""
+        del self.model, self.params, self.train
+
+
+class Holding:
+    """One server's copy of a shard: its pieces, and the optimizer that steps them."""
+
+    def __init__(self, built: Built, flat: Flat, pattern: ParameterServer) -> None:
+        self.flat, self.pattern = flat, pattern
+        self.optimizer, self.schedule = built.optimizer()
+        if pattern.servers > 1 and (
             self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
         ):
             raise Incompatible(
                 f"{type(self.optimizer).__name__} has hooks, which would see one server's part of the parameters: use servers=1."
             )
-        self.schedule = task.schedule(self.optimizer, ctx.total_steps)
-        if ctx.resume is not None:
-            self._load(ctx.resume.parts[FIRST_PART])
-        self.version = ctx.resume.step if ctx.resume else 0
+        self.version = built.version
+        self.square = 0.0  # of the norm of what is joined, or was stepped by last
         self.memory = flat.memory()
         self.values, self.running = flat.views(self.memory)
-        self.joined = flat.memory()
-        self.grads, self.joined_running = flat.views(self.joined)
-        self._take_pieces()
+        self._take_pieces(built)
         self.versions: dict[int, Bytes] = {}  # as they were read, for as long as somebody is at work on them
         self._spare: list[Bytes] = []
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        if differs := unlike(state["model"], self.model.state_dict(), "the checkpoint", "the task's model"):
-            raise CheckpointError(
-                f"the checkpoint is of another model: {differs}. Resume with the task, and its options, that it was made by."
-            )
-        self.model.load_state_dict(state["model"])
-        load_optimizer_state_by_name(self.optimizer, self.params, state["optimizer"])
-        if self.schedule is not None and state["schedule"] is not None:
-            self.schedule.load_state_dict(state["schedule"])
+        self.take(flat.memory(), frozenset(), [])
 
     @torch.no_grad()
-    def _take_pieces(self) -> None:
+    def _take_pieces(self, built: Built) -> None:
         """The optimizer is left these to step, and their state to keep."""
-        names = {id(p): n for n, p in self.params.items()}
-        self.groups = [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+        names = {id(p): n for n, p in built.params.items()}
         states = {names[id(p)]: state for p, state in self.optimizer.state.items()}
         self.stepped: dict[str, nn.Parameter] = {}
         for piece, values in zip(self.flat.pieces, self.values, strict=True):
-            whole = self.params[piece.name]
+            whole = built.params[piece.name]
             values.copy_(whole.reshape(-1)[piece.start : piece.stop])
             is_whole = piece.stop - piece.start == whole.numel()
             self.stepped[piece.name] = nn.Parameter(values.view(whole.shape) if is_whole else values)
         self.tables = []
         for piece, _, _ in self.flat.tables:
-            whole = self.params[piece.name]
+            whole = built.params[piece.name]
             self.tables.append(whole[piece.start : piece.stop].detach().clone())
             self.stepped[piece.name] = nn.Parameter(self.tables[-1])
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(built.model.named_buffers())
         for fact, running in zip(self.flat.running, self.running, strict=True):
             running.copy_(buffers[fact.name].reshape(-1))
         self.optimizer.state.clear()
-        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for group, members in zip(self.optimizer.param_groups, built.groups, strict=True):
             group["params"] = [self.stepped[n] for n in members if n in self.stepped]
         for piece, width in held_of(self.flat):
             if piece.name in states:
-                own = cut(states[piece.name], piece.start * width, piece.stop * width, self.params[piece.name].numel())
+                own = cut(states[piece.name], piece.start * width, piece.stop * width, built.params[piece.name].numel())
                 p = self.stepped[piece.name]
-                is_part = p.numel() < self.params[piece.name].numel()  # of which each tensor is cut as it is
+                is_part = p.numel() < built.params[piece.name].numel()  # of which each tensor is cut as it is
                 self.optimizer.state[p] = {
                     k: v.view(p.shape) if is_part and is_large(k, v) else v for k, v in own.items()
                 }
@@ -253,6 +270,11 @@ class Holding:
             self._spare.append(self.versions.pop(version))
 
     # -- an update
+
+    def take(self, memory: Bytes, absent: frozenset[int], rows: Sequence[SomeRows]) -> None:
+        """A joined gradient, to be the next step. ``absent``: places of pieces that have none."""
+        self.joined, self.absent, self.rows = memory, absent, list(rows)
+        self.grads, self.joined_running = self.flat.views(memory)
 
     @torch.no_grad()
     def join(self, pushed: Sequence[Pushed], factor: float) -> None:
@@ -276,20 +298,16 @@ class Holding:
             for target in targets:
                 target.mul_(factor)
         self._join_running(pushed)
-        self._join_rows(pushed, factor)
-        missing = frozenset.intersection(*(each.absent for each in pushed))
-        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
-            p = self.stepped[piece.name]
-            p.grad = None if k in missing else grad.view(p.shape)
+        self.rows = [self._joined_rows(k, pushed, factor) for k in range(len(self.tables))]
+        self.absent = frozenset.intersection(*(each.absent for each in pushed))
 
-    def _join_rows(self, pushed: Sequence[Pushed], factor: float) -> None:
-        """The same of tables: rows that several have touched add up."""
-        for k, (piece, _, _) in enumerate(self.flat.tables):
-            p = self.stepped[piece.name]
-            places = torch.cat([each.rows[k].places for each in pushed])
-            values = torch.cat([each.rows[k].values * self._scale(each) for each in pushed]).view(-1, *p.shape[1:])
-            grad = torch.sparse_coo_tensor(places[None], values * factor, p.shape, check_invariants=False)
-            p.grad = grad.coalesce()
+    def _joined_rows(self, k: int, pushed: Sequence[Pushed], factor: float) -> SomeRows:
+        """The same of a table: rows that several have touched add up."""
+        places = torch.cat([each.rows[k].places for each in pushed])
+        values = torch.cat([each.rows[k].values * self._scale(each) for each in pushed])
+        shape = (len(self.tables[k]), self.flat.tables[k].width)
+        grad = torch.sparse_coo_tensor(places[None], values * factor, shape, check_invariants=False).coalesce()
+        return SomeRows(grad._indices()[0], grad._values())
 
     def _scale(self, pushed: Pushed) -> float:
         return 1.0 / (self.version - pushed.version + 1) if self.pattern.correction == "rate" else 1.0
@@ -307,22 +325,27 @@ class Holding:
             else:
                 joined.copy_(torch.stack([buffers[k] for buffers, _ in given]).amax(0))
 
-    @property
-    def square(self) -> float:
-        """Of the norm of what ``join`` has made."""
-        grads = [p.grad for p in self.stepped.values() if p.grad is not None]
-        numbers = [g._values() if g.is_sparse else g for g in grads]
-        return math.fsum(float(torch.linalg.vector_norm(n, dtype=torch.float64)) ** 2 for n in numbers)
+    def measure(self) -> None:
+        """The square of the norm of what is joined."""
+        numbers = [grad for k, grad in enumerate(self.grads) if k not in self.absent]
+        numbers += [rows.values for rows in self.rows]
+        self.square = math.fsum(float(torch.linalg.vector_norm(n, dtype=torch.float64)) ** 2 for n in numbers)
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
-        """By what ``join`` has made, times ``scale``."""
+        """By what is joined, times ``scale``."""
         if scale != 1.0:
             for target in self.flat.parameters(self.joined):
                 target.mul_(scale)
-            for piece, _, _ in self.flat.tables:
-                p = self.stepped[piece.name]
-                p.grad = p.grad * scale if p.grad is not None else None
+        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
+            p = self.stepped[piece.name]
+            p.grad = None if k in self.absent else grad.view(p.shape)
+        for (piece, _, _), rows in zip(self.flat.tables, self.rows, strict=True):
+            p = self.stepped[piece.name]
+            values = (rows.values if scale == 1.0 else rows.values * scale).view(-1, *p.shape[1:])
+            p.grad = torch.sparse_coo_tensor(
+                rows.places[None], values, p.shape, is_coalesced=True, check_invariants=False
+            )
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -333,37 +356,53 @@ class Holding:
     # -- state
 
     def state(self) -> dict[str, Any]:
-        """Of this server's pieces, by parameter name."""
+        """Of this shard's pieces, by parameter name."""
         return {
             "values": {p.name: v for (p, _), v in zip(held_of(self.flat), [*self.values, *self.tables], strict=True)},
+            "running": {fact.name: v for fact, v in zip(self.flat.running, self.running, strict=True)},
             "optimizer": optimizer_state_by_name(self.optimizer, self.stepped),
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
         }
 
     @torch.no_grad()
-    def whole_state(self, parts: Sequence[Mapping[str, Any]], flats: Sequence[Flat]) -> dict[str, Any]:
-        """Of all servers, as one process would have it. ``parts``: every server's ``state``, in order. Called on the first."""
+    def become(self, state: Mapping[str, Any], version: int) -> None:
+        """Another server's copy of this shard, as its ``state`` says."""
+        for (piece, _), values in zip(held_of(self.flat), [*self.values, *self.tables], strict=True):
+            values.copy_(state["values"][piece.name].view(values.shape))
+        for fact, running in zip(self.flat.running, self.running, strict=True):
+            running.copy_(state["running"][fact.name])
+        load_optimizer_state_by_name(self.optimizer, self.stepped, state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.version = version
+        self.versions.clear()
+
+
+def whole_state(built: Built, parts: Sequence[Mapping[str, Any]], flats: Sequence[Flat]) -> dict[str, Any]:
+    """As one process would have it. ``parts``: every shard's ``state``, in order."""
+    with torch.no_grad():
+        buffers = dict(built.model.named_buffers())
         for part, flat in zip(parts, flats, strict=True):
             for piece, width in held_of(flat):
-                numbers = self.params[piece.name].view(-1)[piece.start * width : piece.stop * width]
+                numbers = built.params[piece.name].view(-1)[piece.start * width : piece.stop * width]
                 numbers.copy_(part["values"][piece.name].reshape(-1))
-        buffers = dict(self.model.named_buffers())
-        for fact, running in zip(self.flat.running, self.running, strict=True):
-            buffers[fact.name].copy_(running.view(buffers[fact.name].shape))
-        states: dict[str, dict[str, Any]] = {}
-        for name, p in self.params.items():
-            found = [part["optimizer"]["state"][name] for part in parts if name in part["optimizer"]["state"]]
-            if found:
-                states[name] = {key: put_together([s[key] for s in found], key, p.shape) for key in found[0]}
-        groups = [
-            {k: v for k, v in group.items() if k != "params"} | {"params": members}
-            for group, members in zip(parts[0]["optimizer"]["param_groups"], self.groups, strict=True)
-        ]
-        order = [name for members in self.groups for name in members if name in states]
-        return {
-            "model": stored_once(dict(self.model.state_dict()), self.first_names),
-            "optimizer": {"state": {name: states[name] for name in order}, "param_groups": groups},
-            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
-        }
+            for name, running in part["running"].items():
+                buffers[name].copy_(running.view(buffers[name].shape))
+    states: dict[str, dict[str, Any]] = {}
+    for name, p in built.params.items():
+        found = [part["optimizer"]["state"][name] for part in parts if name in part["optimizer"]["state"]]
+        if found:
+            states[name] = {key: put_together([s[key] for s in found], key, p.shape) for key in found[0]}
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} | {"params": own}
+        for group, own in zip(parts[0]["optimizer"]["param_groups"], built.groups, strict=True)
+    ]
+    order = [name for own in built.groups for name in own if name in states]
+    return {
+        "model": stored_once(dict(built.model.state_dict()), built.first_names),
+        "optimizer": {"state": {name: states[name] for name in order}, "param_groups": groups},
+        "schedule": parts[0]["schedule"],
+    }
 
 
 def held_of(flat: Flat) -> list[tuple[Piece, int]]:

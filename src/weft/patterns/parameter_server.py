@@ -51,6 +51,16 @@ class ParameterServer(Pattern):
     staleness: int | Literal["none"] = field(
         default=0, metadata={"doc": "batches that a worker may be ahead: 0 synchronous, none without bound"}
     )
+    replicas: int = field(
+        default=1,
+        metadata={
+            "doc": "copies of each parameter, on different servers: from 2 on a server may be lost and nothing of the run is"
+        },
+    )
+    detect_s: float = field(
+        default=2.0,
+        metadata={"doc": "with replicas: seconds without a sign of life after which another server follows"},
+    )
     backup_workers: int = field(default=0, metadata={"doc": "shares, the slowest, without which a batch is closed"})
     correction: Literal["none", "rate", "dc"] = field(
         default="none",
@@ -64,9 +74,22 @@ class ParameterServer(Pattern):
     )
 
     def __post_init__(self) -> None:
-        for name, value, least in (("servers", self.servers, 1), ("backup_workers", self.backup_workers, 0)):
+        counts = (
+            ("servers", self.servers, 1),
+            ("replicas", self.replicas, 1),
+            ("backup_workers", self.backup_workers, 0),
+        )
+        for name, value, least in counts:
             if value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")
+        if self.replicas > self.servers:
+            raise ConfigError(
+                f"replicas={self.replicas}: {self.servers} servers cannot hold so many copies, each on another: use servers={self.replicas} or more."
+            )
+        if not (self.detect_s >= 0.1 and math.isfinite(self.detect_s)):
+            raise ConfigError(f"detect_s={self.detect_s} is not possible: give 0.1 seconds or more.")
+        if self.detect_s != type(self).detect_s and self.replicas == 1:
+            raise Incompatible(f"detect_s={self.detect_s} is of replicas=2 or more: add them, or leave detect_s out.")
         if self.staleness != "none" and self.staleness < 0:
             raise ConfigError(
                 f"staleness={self.staleness} is not possible: 0 (synchronous), a number of batches, or none (no bound)."
@@ -104,7 +127,8 @@ class ParameterServer(Pattern):
                 SERVER,
                 self.servers,
                 "weft.patterns.serving:serve",
-                "holds a range of the parameters and steps it; the first hands out shares and closes batches",
+                "holds a range of the parameters and steps it; one of them hands out shares and closes batches",
+                spared=self.replicas > 1,
             ),
         )
 
@@ -205,9 +229,9 @@ class ParameterServer(Pattern):
             0 if self.staleness == 0 else workers
         )  # versions that somebody is still at work on, shares that wait for their batch
         return {
-            "parameters": (3 + late) * trained,  # held, as they were last read, and joined gradients
+            "parameters": (2 + self.replicas + late) * trained,  # held, as they were last read, and joined gradients
             "pushed": (workers + late) * trained,
-            "optimizer": facts.optimizer_bytes // self.servers,
+            "optimizer": self.replicas * facts.optimizer_bytes // self.servers,
         }
 
     def notes(self, facts: Facts, config: Config) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,12 +25,16 @@ from weft.data.sampler import Draw
 from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import Feed, make_feed
-from weft.patterns.holding import Flat, SomeRows, describe, flats, untrained
+from weft.patterns.holding import Bytes, Flat, SomeRows, describe, flats, untrained
 from weft.patterns.parameter_server import ParameterServer
 from weft.patterns.randomness import seed_everything
 from weft.patterns.training import Replica
 from weft.servers import messages as m
+from weft.servers.views import View, Voter, first_view
 from weft.update import Dense, Rows, Update
+
+BETWEEN_EPOCHS = m.Propose | m.Moved | m.Busy
+LOOK_S = 0.25  # how often one that waits looks whether those are there for whom others may follow
 
 
 class Feeds:
@@ -119,99 +123,180 @@ class Desk:
 
     def __init__(self, ctx: Context, own: Sequence[Flat]) -> None:
         assert ctx.endpoint is not None
-        self.endpoint, self.flats, self.lead = ctx.endpoint, own, ctx.world
+        pattern = cast(ParameterServer, ctx.pattern)
+        self.endpoint, self.flats = ctx.endpoint, own
         self.servers = range(ctx.world, ctx.world + len(own))
-        self.values = [flat.memory() for flat in own]
+        self.voter = Voter(first_view(self.servers, pattern.replicas))
+        self.detect_s = pattern.detect_s if pattern.replicas > 1 else self.endpoint.deadline_s
+        self.replicated = pattern.replicas > 1
+        for server in self.servers:
+            self.endpoint.patience[server] = self.detect_s
         self.grads = [flat.memory() for flat in own]
-        self.has = [-1] * len(own)
+        self.gone_since: float | None = None
+        self.reasons: dict[int, str] = {}
         self.seq = self.bytes_sent = self.messages = 0
-        self.over = False  # the first server has closed its link with no error
+        self.over = False  # the lead has closed its link with no error
+        self.forget()
+
+    def forget(self) -> None:
+        """What was read. Memory of its own: what an earlier server still sends may come into the old one."""
+        self.values = [flat.memory() for flat in self.flats]
+        self.has = [-1] * len(self.flats)
+
+    @property
+    def view(self) -> View:
+        return self.voter.view
+
+    @property
+    def epoch(self) -> int:
+        return self.voter.view.epoch
 
     def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
+        """To one that may have gone: then somebody follows it, or ``hear`` says that nobody does."""
+        if self.replicated and server not in self.endpoint.peers:
+            return
         self.seq += 1
         meta = m.encode(message)
-        self.endpoint.isend(self.servers[server], self.seq, meta, payload)
+        self.endpoint.isend(server, self.seq, meta, payload)
         self.bytes_sent += len(meta) + sum(len(each) for each in payload)
         self.messages += 1
 
-    def hear(self) -> tuple[int, Any, Arrival]:
-        """The next message: (server, what it says, how it came). A server that is slow is waited for, one that is gone or silent is an error."""
+    def hear(self) -> tuple[int, Any]:
+        """The next message that is of this epoch: (who, what). A server that is slow is waited for; one that is gone or silent is an error, unless
+        another may follow it."""
         while True:
             try:
-                event = self.endpoint.recv_any(place=self._place)
+                event = self.endpoint.recv_any(LOOK_S if self.replicated else None, self._place)
             except DeadlineExceeded:
+                self.look_for_lead()
                 continue  # nobody has anything to say; who does not even answer is told of as Silent
-            if isinstance(event, Arrival) and event.peer in self.servers:
-                return event.peer - self.lead, m.decode(event.head.meta), event
-            if isinstance(event, Lost) and event.peer in self.servers:
-                if event.error is not None:
-                    raise event.error
-                if event.left and event.peer == self.lead:
-                    self.over = True
-                    return 0, m.Finish(), Arrival(event.peer, cast(Head, None), ())
-                if not event.left:
-                    raise PeerLost(f"server {event.peer} is gone ({event.reason})", (event.peer,))
-            if isinstance(event, Silent) and event.peer in self.servers:
+            if event.peer not in self.servers:
+                continue
+            if isinstance(event, Lost) and self.is_over(event):
+                return event.peer, m.Finish()
+            if isinstance(event, Silent) and not self.replicated:
                 raise DeadlineExceeded(
                     f"server {event.peer} gave no sign of life for {event.seconds:.0f} s", (event.peer,)
                 )
+            if isinstance(event, Arrival):
+                message = m.decode(event.head.meta)
+                if isinstance(message, BETWEEN_EPOCHS):
+                    self.vote(event.peer, message)
+                elif getattr(message, "epoch", self.epoch) == self.epoch:
+                    return event.peer, message
+
+    def is_over(self, lost: Lost) -> bool:
+        if lost.error is not None:
+            raise lost.error
+        self.reasons[lost.peer] = lost.reason
+        if lost.left and lost.peer == self.view.lead:
+            self.over = True
+        elif not (lost.left or self.replicated):
+            raise PeerLost(f"server {lost.peer} is gone ({lost.reason})", (lost.peer,))
+        return self.over
+
+    def is_there(self, server: int) -> bool:
+        return server in self.endpoint.peers and server not in self.endpoint.silent
+
+    def look_for_lead(self) -> None:
+        """PeerLost if a server is missed and nobody follows it."""
+        gone = [server for server in sorted(self.view.servers) if not self.is_there(server)]
+        if not (self.replicated and gone):
+            self.gone_since = None
+            return
+        self.gone_since = self.gone_since or time.monotonic()
+        if time.monotonic() - self.gone_since > self.endpoint.deadline_s:
+            reason = self.reasons.get(gone[0], "no sign of life")
+            raise PeerLost(f"server {gone[0]} is gone ({reason}), and no other follows it", tuple(gone))
+
+    def vote(self, peer: int, message: m.Propose | m.Moved | m.Busy) -> None:
+        if isinstance(message, m.Propose):
+            if self.voter.grants(message.epoch, peer, message.view, self.is_there):
+                self.send(peer, m.Grant(message.epoch, self.view))
+            else:
+                self.send(peer, m.Deny(self.voter.promised, self.epoch))
+        elif isinstance(message, m.Busy):
+            self.endpoint.patience[peer] = self.endpoint.deadline_s if message.busy else self.detect_s
+        elif self.voter.adopts(message.view):
+            self.forget()
+            for server in self.servers:
+                self.endpoint.patience[server] = self.detect_s
+            raise Redo
 
     def _place(self, head: Head) -> Sequence[memoryview]:
         message = m.decode(head.meta)
-        server = head.sender - self.lead
-        if isinstance(message, m.Values) and head.payload_bytes:
-            return [self.values[server].data]
-        if isinstance(message, m.Rows):
-            self.rows = np.empty(head.payload_bytes, np.uint8)
-            return [self.rows.data]
-        if isinstance(message, m.Welcome):
-            self.welcome = np.empty(head.payload_bytes, np.uint8)
-            return [self.welcome.data]
-        if head.payload_bytes:
+        if not head.payload_bytes:
+            return []
+        expected = self._expected_bytes(message)
+        if head.payload_bytes != expected:
             raise CommError(
-                f"{head.payload_bytes} bytes come with {type(message).__name__}, which has none", (head.sender,)
+                f"{head.payload_bytes} bytes come with {type(message).__name__}, where {expected} belong",
+                (head.sender,),
             )
-        return []
+        if isinstance(message, m.Values) and message.epoch == self.epoch:
+            return [self.values[message.shard].data]
+        memory = np.empty(head.payload_bytes, np.uint8)
+        if isinstance(message, m.Rows) and message.epoch == self.epoch:
+            self.rows = memory
+        if isinstance(message, m.Welcome):
+            self.welcome = memory
+        return [memory.data]
 
-    def expect(self, kinds: type | tuple[type, ...]) -> tuple[int, Any]:
-        server, message, _ = self.hear()
+    def _expected_bytes(self, message: m.Any) -> int:
+        if isinstance(message, m.Values) and 0 <= message.shard < len(self.flats):
+            return self.flats[message.shard].nbytes
+        if isinstance(message, m.Rows):
+            return self.looked_bytes
+        return self.welcome_bytes if isinstance(message, m.Welcome) else 0
+
+    def expect(self, kinds: type | tuple[type, ...]) -> Any:
+        server, message = self.hear()
         if isinstance(message, m.Finish) and not isinstance(message, kinds):
             raise Over
         if isinstance(message, m.Refused):
-            raise CommError(f"server {self.servers[server]} refused: {message.why}", (self.servers[server],))
+            raise CommError(f"server {server} refused: {message.why}", (server,))
         if not isinstance(message, kinds):
-            raise CommError(
-                f"server {self.servers[server]} said {type(message).__name__} out of turn", (self.servers[server],)
-            )
-        return server, message
+            raise CommError(f"server {server} said {type(message).__name__} out of turn", (server,))
+        return message
 
     # -- what a worker wants
 
-    def join(self, model: list[tuple[str, list[int], str]]) -> np.ndarray[Any, Any]:
-        self.send(0, m.Join(model))
-        self.expect(m.Welcome)
-        return self.welcome
+    def join(self, model: list[tuple[str, list[int], str]], nbytes: int) -> np.ndarray[Any, Any]:
+        """``nbytes``: of what no server trains."""
+        self.welcome, self.welcome_bytes = np.empty(0, np.uint8), nbytes
+        while True:
+            try:
+                self.send(self.view.lead, m.Join(model))
+                self.expect(m.Welcome)
+            except Redo:
+                continue
+            return self.welcome
 
-    def ask(self, ask: m.Ask, totals: Sequence[Any] = ()) -> m.Train | m.Evaluate | m.Finish:
-        self.send(0, ask, totals)
-        return cast(m.Train | m.Evaluate | m.Finish, self.expect((m.Train, m.Evaluate, m.Finish))[1])
+    def ask(self, done: m.Done | None, part: Part | None) -> m.Train | m.Evaluate | m.Finish:
+        if part is None:
+            self.send(self.view.lead, m.Ask(self.epoch, done))
+        else:
+            self.send(self.view.lead, m.Ask(self.epoch, None, part.part, part.number), [part.sums])
+        return cast(m.Train | m.Evaluate | m.Finish, self.expect((m.Train, m.Evaluate, m.Finish)))
 
     def pull(self, version: int) -> list[int]:
-        """The servers' values, at that version or later, are in ``values``; which have changed."""
-        for server in range(len(self.flats)):
-            self.send(server, m.Pull(version, self.has[server]))
+        """The shards' values, at that version or later, are in ``values``; which have changed."""
+        for shard, chain in enumerate(self.view.chains):
+            self.send(chain[0], m.Pull(self.epoch, shard, version, self.has[shard]))
         changed = []
         for _ in self.flats:
-            server, values = self.expect(m.Values)
-            if values.version != self.has[server]:
-                changed.append(server)
-                self.has[server] = values.version
+            values = self.expect(m.Values)
+            if values.version != self.has[values.shard]:
+                changed.append(values.shard)
+                self.has[values.shard] = values.version
         return changed
 
-    def look(self, server: int, table: int, places: torch.Tensor, version: int) -> torch.Tensor:
-        """Rows of a server's table, (K, width)."""
-        own = self.flats[server].tables[table]
-        self.send(server, m.Look(version, table, len(places)), [places.numpy().view(np.uint8).data])
+    def look(self, shard: int, table: int, places: torch.Tensor, version: int) -> torch.Tensor:
+        """Rows of a shard's table, (K, width)."""
+        own = self.flats[shard].tables[table]
+        self.looked_bytes = len(places) * own.row_bytes
+        look = m.Look(self.epoch, shard, version, table, len(places))
+        self.send(self.view.chains[shard][0], look, [places.numpy().view(np.uint8).data])
         self.expect(m.Rows)
         return torch.from_numpy(self.rows).view(own.dtype).view(len(places), own.width)
 
@@ -224,14 +309,26 @@ class Desk:
         rows: Sequence[Sequence[SomeRows]],
     ) -> None:
         """``grads``, and rows of tables, are with all servers."""
-        for server, memory in enumerate(self.grads):
-            counts = [len(each.places) for each in rows[server]]
-            push = m.Push(batch, share, self.has[server], weight, absent[server], counts)
-            payload = [each.places for each in rows[server]] + [each.values for each in rows[server]]
+        for shard, memory in enumerate(self.grads):
+            counts = [len(each.places) for each in rows[shard]]
+            push = m.Push(self.epoch, shard, batch, share, self.has[shard], weight, absent[shard], counts)
+            payload = [each.places for each in rows[shard]] + [each.values for each in rows[shard]]
             numbers = [t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in payload]
-            self.send(server, push, [memory.data, *numbers])
+            self.send(self.view.chains[shard][0], push, [memory.data, *numbers])
         for _ in self.flats:
             self.expect(m.Ack)
+
+
+class Part(NamedTuple):
+    """Of an evaluation, done: its sums."""
+
+    number: int
+    part: int
+    sums: memoryview
+
+
+class Redo(Exception):
+    """Another leads, or serves a shard: what this worker was at is to be asked for anew."""
 
 
 class Over(Exception):
@@ -243,16 +340,20 @@ class Carrier:
 
     def __init__(self, replica: Borrower, desk: Desk) -> None:
         self.replica, self.desk = replica, desk
-        self.values = [flat.views(memory) for flat, memory in zip(desk.flats, desk.values, strict=True)]
+        self.memories: list[Bytes] | None = None
+        self.values: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self.grads = [flat.views(memory) for flat, memory in zip(desk.flats, desk.grads, strict=True)]
         self.running = list(replica.running.values())
 
     @torch.no_grad()
-    def take(self, servers: Sequence[int]) -> None:
+    def take(self, shards: Sequence[int]) -> None:
         """What came of them, into the model."""
-        for server in servers:
-            pieces, _ = self.values[server]
-            targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[server].pieces]
+        if self.memories is not self.desk.values:
+            self.memories = self.desk.values
+            self.values = [flat.views(memory) for flat, memory in zip(self.desk.flats, self.memories, strict=True)]
+        for shard in shards:
+            pieces, _ = self.values[shard]
+            targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[shard].pieces]
             if targets:
                 torch._foreach_copy_(targets, pieces)
         for buffer, value in zip(self.running, self.values[0][1], strict=True):  # our own last share has moved them
@@ -350,37 +451,44 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
     carrier, looker = Carrier(replica, desk), Looker(replica, desk)
-    ask, totals = m.Ask(), list[Any]()
+    done: m.Done | None = None
+    part: Part | None = None
     step = ctx.resume.step if ctx.resume else 0
     try:
-        take_over(replica, desk.join(describe(replica.model)), ctx)
+        nbytes = sum(t.nbytes for t in untrained(replica.model, ctx.facts))
+        take_over(replica, desk.join(describe(replica.model), nbytes), ctx)
         while not desk.over:
             begun, sent, messages = time.perf_counter(), desk.bytes_sent, desk.messages
-            order = desk.ask(ask, totals)
-            asked = time.perf_counter()
-            if isinstance(order, m.Finish):
-                return
-            carrier.take(desk.pull(order.version))
-            pulled = time.perf_counter()
-            looker.begin(order.version)
-            if isinstance(order, m.Evaluate):
-                flat = replica.evaluated(order.part, order.parts).flat
-                ask, totals = m.Ask(None, order.part, order.number), [flat.numpy().view(np.uint8).data]
+            try:
+                order = desk.ask(done, part)
+                done = part = None
+                asked = time.perf_counter()
+                if isinstance(order, m.Finish):
+                    return
+                carrier.take(desk.pull(order.version))
+                pulled = time.perf_counter()
+                looker.begin(order.version)
+                if isinstance(order, m.Evaluate):
+                    sums = replica.evaluated(order.part, order.parts).flat.numpy().view(np.uint8).data
+                    part = Part(order.number, order.part, sums)
+                    continue
+                replica.report = report = StepReport()
+                update = replica.of_share(order.batch, order.share)
+                (loss,), weight = report.losses, update.weight
+                if not math.isfinite(loss):
+                    raise TaskError(
+                        f"the loss is {loss} on rank {ctx.rank} at step {order.batch + 1}: no update was made. Lower the learning rate, "
+                        "set -o clip_norm=1.0, or look at the examples of that step."
+                    )
+                absent = carrier.give(update)
+                computed = time.perf_counter()
+                desk.push(order.batch, order.share, weight, absent, looker.rows(update))
+            except Redo:
+                done = part = None
                 continue
-            replica.report = report = StepReport()
-            update = replica.of_share(order.batch, order.share)
-            (loss,), weight = report.losses, update.weight
-            if not math.isfinite(loss):
-                raise TaskError(
-                    f"the loss is {loss} on rank {ctx.rank} at step {order.batch + 1}: no update was made. Lower the learning rate, "
-                    "set -o clip_norm=1.0, or look at the examples of that step."
-                )
-            absent = carrier.give(update)
-            computed = time.perf_counter()
-            desk.push(order.batch, order.share, weight, absent, looker.rows(update))
-            ask, totals = m.Ask(m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)), []
+            done = m.Done(order.batch, order.share, min(desk.has), loss, weight, replica.drawn_in_all)
             step = max(step, order.batch + 1)
-            report.losses, report.weights, report.examples = [], [], 0  # the first server tells these of all
+            report.losses, report.weights, report.examples = [], [], 0  # the lead tells these of all
             report.wait_s, report.exchange_s = asked - begun, pulled - asked + time.perf_counter() - computed
             report.bytes_sent, report.messages = desk.bytes_sent - sent, desk.messages - messages
             yield SafePoint(step, False, False, report, dict, False, dict, dict, follows=True)

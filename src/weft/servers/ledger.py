@@ -9,7 +9,7 @@ bound. If updates are made in the batches' order, none of its gradients is later
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,14 +30,21 @@ class _Open:
 
 
 class Ledger:
-    def __init__(self, shares: int, begin: int, staleness: int | None = 0, backups: int = 0) -> None:
+    """``begin``: the first batch that is not closed; ``closed``: those after it that are."""
+
+    def __init__(
+        self, shares: int, begin: int, staleness: int | None = 0, backups: int = 0, closed: Collection[int] = ()
+    ) -> None:
         self.shares, self.staleness, self.backups = shares, staleness, backups
-        self.limit = begin  # the next pause: batches before it may begin
         self.lowest = begin  # all batches before it are closed
-        self.closed = begin  # how many are closed, of the run
-        self._open: dict[int, _Open] = {}  # those begun
-        self._closed: set[int] = set()  # above ``lowest``
-        self._next = begin  # the first that is not begun
+        self._closed = set(closed)  # above ``lowest``
+        self._next = max([begin, *(batch + 1 for batch in closed)])  # the first that is not begun
+        self.limit = self._next  # the next pause: batches before it may begin
+        self.closed = begin + len(self._closed)  # how many are closed, of the run
+        self._open = {b: self._all_free() for b in range(begin, self._next) if b not in self._closed}  # those begun
+
+    def _all_free(self) -> _Open:
+        return _Open(set(range(self.shares)))
 
     @property
     def begun(self) -> int:
@@ -65,7 +72,7 @@ class Ledger:
 
     def _begin(self, batch: int) -> _Open:
         if batch not in self._open:
-            self._open[batch] = _Open(set(range(self.shares)))
+            self._open[batch] = self._all_free()
             self._next = batch + 1
         return self._open[batch]
 

@@ -1,11 +1,15 @@
 """What workers and servers tell each other: msgpack of a known schema in a frame's metadata, tensors as raw bytes in its payload.
 
-    worker -> first server   Join, Ask(done)              first server -> worker   Welcome, Train, Evaluate, Finish
-    worker -> servers        Pull, Look, Push             servers -> worker        Values, Rows, Ack, Refused
-    first server -> others   Close, Apply, Collect, Leave others -> first          Square, State
+    worker -> lead       Join, Ask(done)                lead -> worker      Welcome, Train, Evaluate, Finish, Moved
+    worker -> servers    Pull, Look, Push               servers -> worker   Values, Rows, Ack, Refused
+    lead -> servers      Close, Apply, Collect, Leave   servers -> lead     Joined, State
+    along a chain        Copy
+    candidate -> all     Propose                        all -> candidate    Grant, Deny
+    candidate -> servers Install                        servers -> candidate Ready; who has a shard -> who shall   State
 
-A push is held until the first server, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
-shares in the same order, each share once, and nothing of a batch that is refused.
+A push is held until the lead, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
+shares in the same order, each share once, and nothing of a batch that is refused. Every message is of an ``epoch`` (views.py); one of
+another epoch is not taken.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import msgspec
 
 from weft.errors import CommError
+from weft.servers.views import Told, View
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="op", tag=str.lower):
@@ -26,14 +31,18 @@ class Join(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Payload: what no server trains (frozen parameters, buffers), end to end, as the first server has it."""
+    """Payload: what no server trains (frozen parameters, buffers), end to end, as the lead has it."""
+
+    view: View
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A share that all servers have. ``loss``: its sum over examples, ``weight``: how many the task counts; ``drawn``: examples of its joined batch."""
+    """A share that all servers have. ``loss``: its sum over examples, ``weight``: how many the task counts; ``drawn``: examples of its joined batch;
+    ``version``: the oldest at which a part of the parameters was read."""
 
     batch: int
     share: int
+    version: int
     loss: float
     weight: float
     drawn: int
@@ -42,6 +51,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 class Ask(Message, frozen=True):
     """For work. ``part``: the one of an evaluation that is done, its sums in the payload (float64)."""
 
+    epoch: int
     done: Done | None = None
     part: int | None = None
     number: int = 0  # of that evaluation
@@ -50,12 +60,14 @@ class Ask(Message, frozen=True):
 class Train(Message, frozen=True):
     """Share ``share`` of batch ``batch``, at ``version`` or a later one."""
 
+    epoch: int
     batch: int
     share: int
     version: int
 
 
 class Evaluate(Message, frozen=True):
+    epoch: int
     number: int
     part: int
     parts: int
@@ -69,23 +81,31 @@ class Finish(Message, frozen=True):
 class Pull(Message, frozen=True):
     """Values of ``version`` or later; none are sent if the worker ``has`` the newest."""
 
+    epoch: int
+    shard: int
     version: int
     has: int = -1
 
 
 class Values(Message, frozen=True):
+    epoch: int
+    shard: int
     version: int
 
 
 class Look(Message, frozen=True):
-    """Rows of the server's table number ``table``, at ``version`` or later. Payload: their places in it, ``count`` numbers of int64."""
+    """Rows of the shard's table number ``table``, at ``version`` or later. Payload: their places in it, ``count`` numbers of int64."""
 
+    epoch: int
+    shard: int
     version: int
     table: int
     count: int
 
 
 class Rows(Message, frozen=True):
+    epoch: int
+    shard: int
     table: int
 
 
@@ -93,6 +113,8 @@ class Push(Message, frozen=True):
     """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched. ``rows``: how many of each table,
     whose places (int64) and values follow in the payload, table by table."""
 
+    epoch: int
+    shard: int
     batch: int
     share: int
     version: int
@@ -106,41 +128,65 @@ class Refused(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
+    epoch: int
+    shard: int
     batch: int
     share: int
 
 
 class Close(Message, frozen=True):
-    """Batch ``batch`` of these shares is update ``version``: their sum times ``factor``. ``norm``: its square is wanted before it is applied."""
+    """Batch ``batch`` of these shares is update ``version``: their sum times ``factor``. ``wait``: to be told (Joined) and not applied before Apply."""
 
+    epoch: int
     version: int
     batch: int
     shares: list[int]
     factor: float
-    norm: bool = False
+    wait: bool = False
 
 
-class Square(Message, frozen=True):
+class Copy(Message, frozen=True):
+    """A joined update of a shard, from each in its chain to the next. Payload as of a Push. ``square``: of its norm."""
+
+    epoch: int
+    shard: int
     version: int
-    value: float
+    batch: int
+    square: float
+    absent: list[int] = []
+    rows: list[int] = []
+
+
+class Joined(Message, frozen=True):
+    """All copies of the shard have the update."""
+
+    epoch: int
+    shard: int
+    version: int
+    square: float
 
 
 class Apply(Message, frozen=True):
     """``norm``: of the whole joined gradient."""
 
+    epoch: int
     version: int
     norm: float
 
 
 class Collect(Message, frozen=True):
-    """What you hold, after ``version`` updates."""
+    """A shard as it is after ``version`` updates is wanted."""
 
+    epoch: int
+    shard: int
     version: int
 
 
 class State(Message, frozen=True):
     """Payload: the tensors of ``tree`` (JSON), end to end, in the order of ``tensors``: (name, shape, dtype)."""
 
+    epoch: int
+    shard: int
     version: int
     tree: bytes
     tensors: list[tuple[str, list[int], str]]
@@ -148,6 +194,65 @@ class State(Message, frozen=True):
 
 class Leave(Message, frozen=True):
     """The run has ended."""
+
+
+class Busy(Message, frozen=True):
+    """The lead saves or evaluates, and gives no sign of life meanwhile; or has done so."""
+
+    epoch: int
+    busy: bool
+
+
+class Misses(Message, frozen=True):
+    """To the lead: a server that the sender cannot reach."""
+
+    epoch: int
+    member: int
+
+
+class Propose(Message, frozen=True):
+    """The sender, whose view this is, wants to lead ``epoch``."""
+
+    epoch: int
+    view: View
+
+
+class Grant(Message, frozen=True):
+    """Nothing of an earlier epoch is taken any more. ``view``: the newest that the member has; ``told``: what a server has."""
+
+    epoch: int
+    view: View
+    told: Told | None = None
+
+
+class Deny(Message, frozen=True):
+    """The sender has promised ``promised``, and its view is of epoch ``of``."""
+
+    promised: int
+    of: int
+
+
+class Install(Message, frozen=True):
+    """A view that a majority has granted. All copies go to ``version``, by the update of this ``norm`` that they hold,
+    and give up what they hold beyond; ``fresh``: (shard, member) that are given a copy. ``lowest``, ``closed``: batches before the one, and
+    these, are done."""
+
+    view: View
+    version: int
+    norm: float
+    fresh: list[tuple[int, int]]
+    lowest: int
+    closed: list[int]
+
+
+class Ready(Message, frozen=True):
+    epoch: int
+
+
+class Moved(Message, frozen=True):
+    """To workers: what they were at is to be done anew, by this view."""
+
+    view: View
 
 
 Any = (
@@ -165,11 +270,20 @@ Any = (
     | Refused
     | Ack
     | Close
-    | Square
+    | Copy
+    | Joined
     | Apply
     | Collect
     | State
     | Leave
+    | Busy
+    | Misses
+    | Propose
+    | Grant
+    | Deny
+    | Install
+    | Ready
+    | Moved
 )
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Any)
