@@ -101,7 +101,7 @@ class Lead(Server):
         if self.version < total:
             self.ledger.pause(self.next_pause(self.version))
             self.hand_out()
-        while self.version < total and self.leads:
+        while self.version < total and self.leads and not self.left:
             self.turn(TICK_S)
             while self.applied and self.leads:
                 version, report = self.applied.popleft()
@@ -281,7 +281,7 @@ class Lead(Server):
         self.workers.discard(lost.peer)
         if lost.peer in self.idle:
             self.idle.remove(lost.peer)
-        if not self.workers:
+        if not self.workers and self.leads:
             raise PeerLost(f"all workers are gone, the last of them member {lost.peer} ({lost.reason})", (lost.peer,))
         self.free(lost.peer)
 
@@ -398,7 +398,9 @@ class Replicated(Lead):
                     self.applied.clear()
                     self.follow(self.version)
                     yield from self.lead()
-                    self.left = self.leads
+                    if self.leads and not self.left:
+                        self.finish()
+                        return
                     continue
                 version = self.version
                 self.turn(TICK_S)
@@ -406,13 +408,9 @@ class Replicated(Lead):
                     self.follow(self.version)
                     yield self.point(self.version)
         except GeneratorExit:
-            self.finish_if_leading()
+            if self.leads:
+                self.finish()
             raise
-        self.finish_if_leading()
-
-    def finish_if_leading(self) -> None:
-        if self.leads:
-            self.finish()
 
     def at_pause(self, version: int, report: StepReport) -> Iterator[SafePoint]:
         self.pausing = True
@@ -450,11 +448,7 @@ class Replicated(Lead):
     def is_current(self, peer: int, message: m.Any) -> bool:
         if isinstance(message, BETWEEN_EPOCHS | m.Join | m.Leave):
             return True
-        if super().is_current(peer, message) and self.voter.is_free:
-            return True
-        if peer in self.servers and getattr(message, "epoch", self.epoch) < self.voter.promised:
-            self.send(peer, m.Deny(self.voter.promised, self.epoch))
-        return False
+        return super().is_current(peer, message) and self.voter.is_free
 
     def refusal(self, message: m.Any, head: Head) -> str:
         shards = range(len(self.flats))
@@ -476,8 +470,11 @@ class Replicated(Lead):
     def take(self, peer: int, message: m.Any, payload: Sequence[memoryview]) -> None:
         if isinstance(message, m.State) and message.epoch > self.epoch:
             self.early.append((peer, message, payload))
-        else:
-            super().take(peer, message, payload)
+            return
+        if not self.is_current(peer, message) and peer in self.servers:
+            if getattr(message, "epoch", self.epoch) < self.voter.promised:
+                self.send(peer, m.Deny(self.voter.promised, self.epoch))
+        super().take(peer, message, payload)
 
     def on_join(self, peer: int, join: m.Join, _: Any) -> None:
         if self.leads:
@@ -565,6 +562,12 @@ class Replicated(Lead):
             self.tell_busy(True)
 
     # -- who goes
+
+    def on_lost(self, lost: Lost) -> None:
+        if lost.left and self.workers <= {lost.peer}:
+            self.left = True  # the run has ended, and we were not there
+        else:
+            super().on_lost(lost)
 
     def on_lost_server(self, lost: Lost) -> None:
         self.succession.reasons[lost.peer] = lost.reason

@@ -45,6 +45,7 @@ class Succession:
         self.missed: set[int] = set()  # by others, who told us
         self.gone_since: dict[int, float] = {}
         self.not_before = self.not_back_before = 0.0  # we propose nothing
+        self.not_told_before = 0.0  # the lead that we miss somebody
         self.behind_since: float | None = None
         self.newest = 0  # epoch that we have heard of
         self.reasons: dict[int, str] = {}
@@ -85,8 +86,8 @@ class Succession:
             self.go_on(self.election, now)
         elif now >= self.not_before and self.must_propose(now):
             self.propose(now)
-        elif self.missed_by_us:
-            self.tell_lead()
+        elif now >= self.not_told_before:
+            self.tell_lead(now)
 
     def must_propose(self, now: float) -> bool:
         view, rank = self.voter.view, self.server.rank
@@ -110,8 +111,8 @@ class Succession:
         near = {member for chain in view.chains if self.server.rank in chain for member in chain}
         return (near & self.gone_since.keys()) - {view.lead} if view.lead != self.server.rank else set()
 
-    def tell_lead(self) -> None:
-        self.not_before = time.monotonic() + AGAIN_S
+    def tell_lead(self, now: float) -> None:
+        self.not_told_before = now + AGAIN_S
         for member in self.missed_by_us:
             self.server.send(self.voter.view.lead, m.Misses(self.voter.view.epoch, member))
 
@@ -137,8 +138,7 @@ class Succession:
     def go_on(self, election: Election, now: float) -> None:
         rest = {s for s in self.server.servers if self.is_there(s)} - election.grants.keys() - election.denied
         if len(election.grants) >= self.needed and (not rest - self.missed or now - election.begun > ALL_S):
-            self.election = None
-            self.conclude(election)
+            self.conclude(election, now)
         elif self.is_behind or self.voter.promised > election.epoch:
             self.election = None
             self.not_before = now + STAGGER_S * (1 + self.server.rank - self.server.servers[0])
@@ -151,7 +151,7 @@ class Succession:
             )
         elif now - election.asked > AGAIN_S:
             election.asked = now
-            self.ask(election.denied)
+            self.ask(set(election.denied))
 
     def on_propose(self, peer: int, propose: m.Propose, _: Any = None) -> None:
         if self.voter.grants(propose.epoch, peer, propose.view, self.is_there):
@@ -173,10 +173,19 @@ class Succession:
                 self.missed.add(peer)  # it waits for a view that its proposer has not formed: it gets one
             self.voter.promised = deny.promised
 
-    def conclude(self, election: Election) -> None:
+    def conclude(self, election: Election, now: float) -> None:
         told = {member: told for member, (_, told) in election.grants.items() if told is not None}
         base = max((election.grants[member][0] for member in told), key=lambda view: view.epoch)
-        made = decide(election.epoch, self.server.rank, base, told, self.server.pattern.replicas)
+        try:
+            made = decide(election.epoch, self.server.rank, base, told, self.server.pattern.replicas)
+        except PeerLost as error:  # of those who hold the missing one somebody may answer yet
+            if now - election.begun > self.endpoint.deadline_s or not set(error.ranks) & set(self.endpoint.peers):
+                raise
+            if now - election.asked > AGAIN_S:
+                election.asked = now
+                self.ask(set(error.ranks))
+            return
+        self.election = None
         install = m.Install(made.view, made.version, made.norm, made.fresh, made.lowest, made.closed)
         self.awaited = set(told)
         self.took_part = set(told)

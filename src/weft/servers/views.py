@@ -11,6 +11,7 @@ applied anywhere only once all copies of all shards have it, so:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -129,8 +130,11 @@ def decide(epoch: int, lead: int, base: View, told: Mapping[int, Told], replicas
     held_since = [[since[shard][m] for m in chain] for shard, chain in enumerate(chains)]
     ahead = max((told[m] for _, m in valid), key=lambda t: t.version)
     closed = {*ahead.closed, *(c.batch for c in copies if c.joined == top > ahead.version)}
+    lowest = next(batch for batch in itertools.count(ahead.lowest) if batch not in closed)
     view = View(epoch, lead, chains, held_since)
-    return Decision(view, top, math.sqrt(math.fsum(squares)), fresh, ahead.lowest, sorted(closed))
+    return Decision(
+        view, top, math.sqrt(math.fsum(squares)), fresh, lowest, sorted(batch for batch in closed if batch > lowest)
+    )
 
 
 def fill(chains: list[list[int]], servers: Sequence[int], replicas: int) -> list[tuple[int, int]]:
