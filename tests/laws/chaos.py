@@ -54,7 +54,7 @@ class Plan:
     member: int
     at: int
     seconds: float = 0.0
-    others: tuple[int, ...] = ()  # cut: from whom
+    others: tuple[int, ...] = ()  # cut: from whom; kill: who goes with it
 
 
 class Wire:
@@ -77,6 +77,8 @@ class Wire:
         return frozenset(p for p in self.peers if self.net.is_silent(self.member, p))
 
     def isend(self, peer: int, seq: int, meta: bytes, payload: Sequence[Any] = ()) -> None:
+        if self.closed:  # a generator that is thrown away says goodbye, and who was killed does not
+            return
         self.sent += 1
         self.net.strike(self)
         head = Head(Kind.DATA, self.member, 0, seq, meta, sum(memoryview(p).nbytes for p in payload))
@@ -117,6 +119,9 @@ class Net:
             self.plans.remove(plan)
             self.log.append((round(self.now, 3), plan.kind, plan.member, plan.others))
             if plan.kind == "kill":
+                for member in {wire.member, *plan.others}:
+                    self.wires[member].closed, self.waiting[member] = True, 0.0
+                del self.waiting[wire.member]
                 raise Killed
             if plan.kind == "freeze":
                 self.frozen[wire.member] = self.now + plan.seconds
@@ -369,21 +374,21 @@ def watch_holdings(monkeypatch: pytest.MonkeyPatch, course: Course) -> None:
     monkeypatch.setattr(leading.Replicated, "bring", brought)
 
 
-def check(course: Course, pattern: ParameterServer, steps: int) -> None:
+def check(course: Course, pattern: ParameterServer, steps: int, text: str = "") -> None:
     """Copies of a shard are alike after each update, whoever made it; each epoch has one lead; of no share more than one update is; nobody was read
     too late."""
     seen: dict[tuple[int, int], bytes] = {}
     for member, _, shard, version, values in course.applied:
         assert seen.setdefault((shard, version), values) == values, (
-            f"shard {shard} at {version} is another on server {member}"
+            f"shard {shard} at {version} is another on server {member}; {text}"
         )
     leads: dict[int, set[int]] = {}
     for member, epoch, _, _, _ in course.closes:
         leads.setdefault(epoch, set()).add(member)
-    assert all(len(who) == 1 for who in leads.values()), leads
+    assert all(len(who) == 1 for who in leads.values()), f"{leads}; {text}"
     last = {version: (batch, shares) for _, _, version, batch, shares in sorted(course.closes, key=lambda c: c[1])}
     batches = [batch for version, (batch, _) in sorted(last.items()) if version <= steps]
-    assert sorted(batches) == list(range(steps)), batches
+    assert sorted(batches) == list(range(steps)), f"{batches}; {text}"
     if pattern.bound is not None:
         assert max(course.staleness, default=0) <= pattern.bound
 

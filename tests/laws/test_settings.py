@@ -97,6 +97,8 @@ PATTERN_CHANGES["ps"] = {
     "clip_norm": 0.01,
     "accumulate": 2,
     "autocast": "bf16",
+    "replicas": 2,
+    "detect_s": 5.0,
 }
 #: What a pattern needs so that it can run for BASE's few steps.
 PATTERN_BASE: dict[str, dict[str, Any]] = {

@@ -178,7 +178,7 @@ class Driver:
                         ended_s = min(ended_s, time.monotonic())
                     if event.failed and not killed:
                         failure = failure_of(event, role)
-                        others = role in alive.values() or not (failures or set(alive.values()) - spared)
+                        others = role in alive.values() or ended_s < math.inf
                         if role in spared and failure.may_be_spared and others:
                             gone.append(failure)
                             self.tell("left", member=event.member, cause=failure.cause)

@@ -281,7 +281,7 @@ class Lead(Server):
         self.workers.discard(lost.peer)
         if lost.peer in self.idle:
             self.idle.remove(lost.peer)
-        if not self.workers and self.leads:
+        if not self.workers:
             raise PeerLost(f"all workers are gone, the last of them member {lost.peer} ({lost.reason})", (lost.peer,))
         self.free(lost.peer)
 
@@ -526,6 +526,9 @@ class Replicated(Lead):
         if shard.joined is not None and shard.joined.version == install.version:
             shard.holding.step(self.scale(install.norm))
         shard.drop(self.spare[shard.number])
+        shard.holding.take(
+            shard.flat.memory(), frozenset(), []
+        )  # one that is left out may still be sent what was joined
         if shard.holding.version != install.version:
             raise CommError(
                 f"server {self.rank} has shard {shard.number} after {shard.holding.version} updates, and all are to go on from {install.version}"

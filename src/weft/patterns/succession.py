@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from weft.errors import DeadlineExceeded, PeerLost
+from weft.errors import PeerLost
 from weft.servers import messages as m
 from weft.servers.views import Told, View, decide, majority
 
@@ -33,6 +33,7 @@ class Election:
     asked: float
     grants: dict[int, tuple[View, Told | None]] = field(default_factory=dict)
     denied: set[int] = field(default_factory=set)
+    is_split: bool = False  # somebody has promised it, or a later one, to another
 
 
 class Succession:
@@ -46,7 +47,7 @@ class Succession:
         self.gone_since: dict[int, float] = {}
         self.not_before = self.not_back_before = 0.0  # we propose nothing
         self.not_told_before = 0.0  # the lead that we miss somebody
-        self.behind_since: float | None = None
+        self.unsettled_since = time.monotonic()
         self.newest = 0  # epoch that we have heard of
         self.reasons: dict[int, str] = {}
 
@@ -77,11 +78,7 @@ class Succession:
                 self.gone_since.pop(server, None)
             else:
                 self.gone_since.setdefault(server, now)
-        self.behind_since = (self.behind_since or now) if self.is_behind else None
-        if self.behind_since is not None and now - self.behind_since > self.endpoint.deadline_s:
-            raise DeadlineExceeded(
-                f"server {self.server.rank} was left out, and not taken in again within {self.endpoint.deadline_s:g} s"
-            )
+        self.give_up_in_time(now)
         if self.election is not None:
             self.go_on(self.election, now)
         elif now >= self.not_before and self.must_propose(now):
@@ -89,14 +86,26 @@ class Succession:
         elif now >= self.not_told_before:
             self.tell_lead(now)
 
+    def give_up_in_time(self, now: float) -> None:
+        """Nobody waits longer than the deadline for a view that he is in."""
+        if self.is_settled and not self.is_behind and not self.awaited:
+            self.unsettled_since = now
+        elif now - self.unsettled_since > self.endpoint.deadline_s:
+            gone = tuple(sorted(self.gone_since)) or (self.voter.view.lead,)
+            names = ", ".join(map(str, gone))
+            agree = (
+                f"; of {self.members} members {len(self.election.grants)} agree who follows, {self.needed} must"
+                if self.election
+                else ""
+            )
+            raise PeerLost(f"server {names} is gone ({self.reasons.get(gone[0], 'no sign of life')}){agree}", gone)
+
     def must_propose(self, now: float) -> bool:
         view, rank = self.voter.view, self.server.rank
         if view.lead == rank and not self.is_behind:
             back = [s for s in self.server.servers if s not in self.took_part and self.is_there(s)]
-            return bool(
-                (back and now >= self.not_back_before)
-                or (self.gone_since.keys() | self.missed) & (view.servers | self.awaited)
-            )
+            gone = (self.gone_since.keys() | self.missed) & (view.servers | self.awaited)
+            return bool(gone) or not self.voter.is_free or bool(back and now >= self.not_back_before)
         if view.lead not in self.gone_since:
             return False
         servers = list(self.server.servers)
@@ -139,16 +148,9 @@ class Succession:
         rest = {s for s in self.server.servers if self.is_there(s)} - election.grants.keys() - election.denied
         if len(election.grants) >= self.needed and (not rest - self.missed or now - election.begun > ALL_S):
             self.conclude(election, now)
-        elif self.is_behind or self.voter.promised > election.epoch:
+        elif self.is_behind or election.is_split:  # others propose, too: the first of us goes on
             self.election = None
-            self.not_before = now + STAGGER_S * (1 + self.server.rank - self.server.servers[0])
-        elif now - election.begun > self.endpoint.deadline_s:
-            gone = tuple(sorted(self.gone_since)) or (self.voter.view.lead,)
-            raise PeerLost(
-                f"server {', '.join(map(str, gone))} is gone ({self.reasons.get(gone[0], 'no sign of life')}), and of {self.members} members only "
-                f"{len(election.grants)} agree who follows: {self.needed} must",
-                gone,
-            )
+            self.not_before = now + STAGGER_S * (1 + self.server.servers.index(self.server.rank))
         elif now - election.asked > AGAIN_S:
             election.asked = now
             self.ask(set(election.denied))
@@ -158,6 +160,8 @@ class Succession:
             self.server.send(peer, m.Grant(propose.epoch, self.voter.view, self.server.told()))
         else:
             self.server.send(peer, m.Deny(self.voter.promised, self.voter.view.epoch))
+            if self.voter.view.lead == self.server.rank:  # others may have granted it: we propose a later one
+                self.voter.promised = max(self.voter.promised, propose.epoch)
 
     def on_grant(self, peer: int, grant: m.Grant, _: Any = None) -> None:
         if self.election is not None and grant.epoch == self.election.epoch:
@@ -168,6 +172,7 @@ class Succession:
         self.newest = max(self.newest, deny.of)
         if self.election is not None:
             self.election.denied.add(peer)
+            self.election.is_split |= deny.promised >= self.election.epoch
         if deny.promised > self.voter.promised:
             if self.election is None and self.voter.view.lead == self.server.rank and not self.is_behind:
                 self.missed.add(peer)  # it waits for a view that its proposer has not formed: it gets one
@@ -179,7 +184,7 @@ class Succession:
         try:
             made = decide(election.epoch, self.server.rank, base, told, self.server.pattern.replicas)
         except PeerLost as error:  # of those who hold the missing one somebody may answer yet
-            if now - election.begun > self.endpoint.deadline_s or not set(error.ranks) & set(self.endpoint.peers):
+            if not set(error.ranks) & set(self.endpoint.peers):
                 raise
             if now - election.asked > AGAIN_S:
                 election.asked = now
