@@ -30,7 +30,7 @@ from weft.config import RunFolder
 from weft.errors import CommError, ConfigError, MemberFailed
 from weft.events import losses_of, read_events
 from weft.patterns import working
-from weft.patterns.holding import Flat, Holding, Pushed
+from weft.patterns.holding import Flat, Holding, Pushed, moved
 from weft.report.html import write_report
 from weft.servers import messages
 from weft.servers.ranges import Piece
@@ -218,12 +218,12 @@ def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> 
     """By the papers' formulas, on one late share and one that is not."""
     flat = Flat([Piece("w", 0, 3)], {"w": torch.float64}, [])
     read, now, late, fresh = torch.tensor(
-        [[1.0, 2.0, 3.0], [1.5, 2.0, 2.0], [0.1, 0.2, 0.3], [1.0, -1.0, 0.5]], dtype=torch.float64
+        [[1.0, 2.0, 3.0], [1.5, -9.0, 2.0], [0.1, 0.2, -0.3], [1.0, -1.0, 0.5]], dtype=torch.float64
     )
     expected = {
         "none": late + fresh,
         "rate": late / 3 + fresh,
-        "dc": late + 0.5 * late * late * (now - read) + fresh,
+        "dc": late + 0.5 * late.abs() * (now - read).clamp(-1 / 0.5, 1 / 0.5) + fresh,
     }
     for correction, truth in expected.items():
         holding = object.__new__(Holding)
@@ -239,6 +239,16 @@ def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> 
         grad = holding.stepped["w"].grad
         assert grad is not None
         assert torch.allclose(grad, 2 * truth, rtol=1e-12), correction
+
+
+def test_dc_is_the_same_however_a_batch_is_cut_and_turns_nothing_round() -> None:
+    grad, way = torch.randn(100, dtype=torch.float64), 10 * torch.randn(100, dtype=torch.float64)
+    whole = moved(grad, way, 32.0)
+    assert torch.allclose(moved(grad / 4, way, 32.0) * 4, whole, rtol=1e-12), (
+        "a quarter of a batch is corrected as much as all of it"
+    )
+    assert bool((whole * grad >= 0).all())
+    assert bool((whole.abs() <= 2 * grad.abs()).all())
 
 
 def memory_of(flat: Flat, values: Tensor) -> Any:
