@@ -1,8 +1,8 @@
 """A parameter server over torch.distributed.rpc, as its tutorials have it: a worker sends its gradient, the server steps in place and sends
 the parameters back. Prints one JSON list: seconds of each push and pull of worker 0, after a warm-up.
 
-TensorPipe is told what is quickest inside one host: calls over a socket, tensors from memory to memory (cross-memory attach). Its own choice,
-shared memory first, is 2 to 4 times as slow where processes share few cores, since its reactors spin.
+TensorPipe is told what was quickest inside one host of two cores: calls over a socket, tensors from memory to memory (cross-memory attach). Left
+to itself it sends calls through shared memory, and 25 MB took it twice as long.
 
     python ps_rpc.py NUMEL WORKERS REPEATS
 """
