@@ -196,6 +196,19 @@ def test_each_share_counts_once_and_none_is_later_than_the_bound(tmp_path: Path,
     assert max(late) <= staleness
 
 
+@pytest.mark.parametrize("staleness", [2, "none"])
+def test_before_start_nobody_is_late(tmp_path: Path, staleness: Any) -> None:
+    truth = train_plainly(Regression(), steps=12, batch=24, run_seed=3, clip=0.5)
+    pattern = ParameterServer(servers=2, staleness=staleness, start=12, clip_norm=0.5)
+    settings: dict[str, Any] = {"batch": 24, "faults": [slow(rank=1, factor=4)]}
+    found = train(tmp_path / "a", Regression(), 3, pattern, steps=12, **settings)
+    assert distance(found, truth) <= EQUAL
+    train(tmp_path / "b", Regression(), 3, pattern, steps=30, **settings)
+    late = lateness(tmp_path / "b" / "run")
+    assert late[0] >= 12 * 3
+    assert max(late) > 0
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("staleness", [2, "none"])
 def test_a_slow_worker_makes_others_late_and_loses_nothing(tmp_path: Path, staleness: Any) -> None:
@@ -476,6 +489,8 @@ def test_any_bytes_are_a_message_or_an_error(data: bytes) -> None:
         ({"staleness": -1}, "staleness=-1.*none"),
         ({"backup_workers": -1}, "backup_workers=-1"),
         ({"correction": "rate"}, "none is late"),
+        ({"start": 5}, "start=5"),
+        ({"start": -1, "staleness": 1}, "start=-1"),
         ({"dc_lambda": 0.1}, "correction=dc"),
         ({"dc_lambda": -1.0, "correction": "dc", "staleness": 1}, "dc_lambda=-1"),
         ({"clip_norm": 0.0}, "clip_norm"),

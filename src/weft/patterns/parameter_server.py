@@ -51,6 +51,7 @@ class ParameterServer(Pattern):
     staleness: int | Literal["none"] = field(
         default=0, metadata={"doc": "batches that a worker may be ahead: 0 synchronous, none without bound"}
     )
+    start: int = field(default=0, metadata={"doc": "batches that are synchronous before `staleness` is allowed"})
     backup_workers: int = field(default=0, metadata={"doc": "shares, the slowest, without which a batch is closed"})
     correction: Literal["none", "rate", "dc"] = field(
         default="none",
@@ -64,7 +65,11 @@ class ParameterServer(Pattern):
     )
 
     def __post_init__(self) -> None:
-        for name, value, least in (("servers", self.servers, 1), ("backup_workers", self.backup_workers, 0)):
+        for name, value, least in (
+            ("servers", self.servers, 1),
+            ("start", self.start, 0),
+            ("backup_workers", self.backup_workers, 0),
+        ):
             if value < least:
                 raise ConfigError(f"{name}={value} is not possible: give a whole number of {least} or more.")
         if self.staleness != "none" and self.staleness < 0:
@@ -80,6 +85,10 @@ class ParameterServer(Pattern):
         if self.correction != "none" and self.staleness == 0:
             raise Incompatible(
                 f"correction={self.correction} corrects late gradients, and with staleness=0 none is late: leave it out, or allow a staleness."
+            )
+        if self.start and self.staleness == 0:
+            raise Incompatible(
+                f"start={self.start} says when gradients may be late, and with staleness=0 none is: leave it out, or allow a staleness."
             )
         check_clip_norm(self.clip_norm)
 

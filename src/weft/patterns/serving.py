@@ -329,7 +329,8 @@ class Lead(Server):
         super().__init__(ctx, all_flats)
         self.others = range(ctx.world + 1, ctx.world + len(all_flats))
         begin = self.holding.version
-        self.ledger = Ledger(self.pattern.shares(ctx.world), begin, self.pattern.bound, self.pattern.backup_workers)
+        pattern = self.pattern
+        self.ledger = Ledger(pattern.shares(ctx.world), begin, pattern.bound, pattern.backup_workers, pattern.start)
         self.idle: list[int] = []
         self.workers: set[int] = set(range(ctx.world))
         self.told: dict[Share, tuple[int, m.Done]] = {}  # who has done it
@@ -467,7 +468,7 @@ class Lead(Server):
             return m.Evaluate(self.evaluation, part, len(self.taken), self.holding.version)
         share = self.ledger.take(worker)
         # what is closed may not be applied yet: then its reading waits
-        version = self.ordered if self.pattern.bound is None else self.ledger.lowest
+        version = self.ordered if self.ledger.bound is None else self.ledger.lowest
         return None if share is None else m.Train(share.batch, share.share, version)
 
     def on_done(self, peer: int, done: m.Done) -> None:
