@@ -2,12 +2,13 @@
 
     python bench/ps.py [--quick] [--rounds N] [--only pushpull stragglers sparse] [--save]
 
-pushpull: one worker (and four) pushes a gradient of 4 KB, 1, 25 and 100 MB, and has the new parameters; over a server of torch.distributed.rpc.
+pushpull: one worker (and four) pushes a gradient of 4 KB, 1, 25 and 100 MB, and has the new parameters; over the quickest of the peers, a server
+of torch.distributed.rpc and an actor of Ray.
 Ours is a run of `ps` on a task that computes nothing: the seconds of its steps outside of computing. GB/s are of both ways together.
 stragglers: in each step one of four workers, drawn by key, sleeps until it is four times as slow; time to one training loss, synchronous over staleness=4.
 sparse: `wordvec` on a table of a million rows; bytes that workers push and read, over the touched rows' own; examples/s over a dense push.
 
-Last line: one JSON object with pushpull_25MB_GBps, vs_rpc_1MB, vs_rpc_25MB, rtt_vs_rpc, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
+Last line: one JSON object with pushpull_25MB_GBps, vs_best_peer_1MB, vs_best_peer_25MB, rtt_vs_best_peer, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import PEERS, Sample, machine, peer_python, ratio, run, save
+from harness import PEERS, Sample, machine, peer_extra, peer_python, ratio, run, save
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -77,31 +79,44 @@ def ours_s(numel: int, workers: int, repeats: int) -> float:
     return statistics.median(each)
 
 
-def rpc_s(numel: int, workers: int, repeats: int) -> float:
-    said = run([peer_python(), str(PEERS / "ps_rpc.py"), str(numel), str(workers), str(repeats)])
+def peer_s(program: str, numel: int, workers: int, repeats: int) -> float:
+    said = run([peer_python(), str(PEERS / program), str(numel), str(workers), str(repeats)])
     return statistics.median(json.loads(said.strip().splitlines()[-1]))
+
+
+def peers(say: Any) -> dict[str, Callable[[int, int, int], float]]:
+    """Those that can be installed here."""
+    found = {"rpc": partial(peer_s, "ps_rpc.py")}
+    if why := peer_extra("ray"):
+        say(f"ray does not take part: {why}")
+    else:
+        found["ray"] = partial(peer_s, "ps_ray.py")
+    return found
 
 
 def pushpull(rounds: int, quick: bool, say: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     figures: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     names = ["4KB", "1MB", "25MB"] + ["100MB"] * (not quick)
+    others = peers(say)
     for workers in (1,) if quick else (1, 4):
         for name in names:
-            found: dict[str, list[float]] = {"ours": [], "rpc": []}
+            arms = [("ours", ours_s), *others.items()]
+            found: dict[str, list[float]] = {arm: [] for arm, _ in arms}
             for number in range(rounds):
-                arms = [("ours", ours_s), ("rpc", rpc_s)]
                 for arm, measure in arms if number % 2 == 0 else arms[::-1]:
                     found[arm].append(measure(SIZES[name], workers, REPEATS[name] // (4 if quick else 1)))
-            ours, rpc = Sample(found["ours"]), Sample(found["rpc"])
+            ours = Sample(found["ours"])
+            best = min(others, key=lambda arm: Sample(found[arm]).median)
             speed = Sample([2 * 4 * SIZES[name] / s / 1e9 for s in ours.values])
-            times = ratio(rpc, ours)
+            times = ratio(Sample(found[best]), ours)
+            theirs = ", ".join(f"{arm} {Sample(found[arm]).text(1e3, ' ms')}" for arm in others)
             say(
-                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')}; rpc {rpc.text(1e3, ' ms')}: {times.text()} x"
+                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')}; {theirs}: {times.text()} x of {best}"
             )
             samples[f"{name}-{workers}"] = found
             if workers == 1:
-                key = "rtt_vs_rpc" if name == "4KB" else f"vs_rpc_{name}"
+                key = "rtt_vs_best_peer" if name == "4KB" else f"vs_best_peer_{name}"
                 figures[key] = round(times.median, 2)
                 if name == "25MB":
                     figures["pushpull_25MB_GBps"] = round(speed.median, 2)

@@ -30,7 +30,7 @@ from weft.config import RunFolder
 from weft.errors import CommError, ConfigError, MemberFailed
 from weft.events import losses_of, read_events
 from weft.patterns import working
-from weft.patterns.holding import Flat, Holding, Pushed
+from weft.patterns.holding import Flat, Holding, Pushed, moved
 from weft.report.html import write_report
 from weft.servers import messages
 from weft.servers.ranges import Piece
@@ -196,6 +196,19 @@ def test_each_share_counts_once_and_none_is_later_than_the_bound(tmp_path: Path,
     assert max(late) <= staleness
 
 
+@pytest.mark.parametrize("staleness", [2, "none"])
+def test_before_start_nobody_is_late(tmp_path: Path, staleness: Any) -> None:
+    truth = train_plainly(Regression(), steps=12, batch=24, run_seed=3, clip=0.5)
+    pattern = ParameterServer(servers=2, staleness=staleness, start=12, clip_norm=0.5)
+    settings: dict[str, Any] = {"batch": 24, "faults": [slow(rank=1, factor=4)]}
+    found = train(tmp_path / "a", Regression(), 3, pattern, steps=12, **settings)
+    assert distance(found, truth) <= EQUAL
+    train(tmp_path / "b", Regression(), 3, pattern, steps=30, **settings)
+    late = lateness(tmp_path / "b" / "run")
+    assert late[0] >= 12 * 3
+    assert max(late) > 0
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("staleness", [2, "none"])
 def test_a_slow_worker_makes_others_late_and_loses_nothing(tmp_path: Path, staleness: Any) -> None:
@@ -218,12 +231,12 @@ def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> 
     """By the papers' formulas, on one late share and one that is not."""
     flat = Flat([Piece("w", 0, 3)], {"w": torch.float64}, [])
     read, now, late, fresh = torch.tensor(
-        [[1.0, 2.0, 3.0], [1.5, 2.0, 2.0], [0.1, 0.2, 0.3], [1.0, -1.0, 0.5]], dtype=torch.float64
+        [[1.0, 2.0, 3.0], [1.5, -9.0, 2.0], [0.1, 0.2, -0.3], [1.0, -1.0, 0.5]], dtype=torch.float64
     )
     expected = {
         "none": late + fresh,
         "rate": late / 3 + fresh,
-        "dc": late + 0.5 * late * late * (now - read) + fresh,
+        "dc": late + 0.5 * late.abs() * (now - read).clamp(-1 / 0.5, 1 / 0.5) + fresh,
     }
     for correction, truth in expected.items():
         holding = object.__new__(Holding)
@@ -236,6 +249,16 @@ def test_rate_divides_by_lateness_and_dc_moves_to_where_the_parameters_are() -> 
         holding.take(flat.memory(), frozenset(), [])
         holding.join([Pushed(memory_of(flat, late), 5, 1.0, 0), Pushed(memory_of(flat, fresh), 7, 1.0, 1)], 2.0)
         assert torch.allclose(holding.grads[0], 2 * truth, rtol=1e-12), correction
+
+
+def test_dc_is_the_same_however_a_batch_is_cut_and_turns_nothing_round() -> None:
+    grad, way = torch.randn(100, dtype=torch.float64), 10 * torch.randn(100, dtype=torch.float64)
+    whole = moved(grad, way, 32.0)
+    assert torch.allclose(moved(grad / 4, way, 32.0) * 4, whole, rtol=1e-12), (
+        "a quarter of a batch is corrected as much as all of it"
+    )
+    assert bool((whole * grad >= 0).all())
+    assert bool((whole.abs() <= 2 * grad.abs()).all())
 
 
 def memory_of(flat: Flat, values: Tensor) -> Any:
@@ -463,6 +486,8 @@ def test_any_bytes_are_a_message_or_an_error(data: bytes) -> None:
         ({"staleness": -1}, "staleness=-1.*none"),
         ({"backup_workers": -1}, "backup_workers=-1"),
         ({"correction": "rate"}, "none is late"),
+        ({"start": 5}, "start=5"),
+        ({"start": -1, "staleness": 1}, "start=-1"),
         ({"dc_lambda": 0.1}, "correction=dc"),
         ({"dc_lambda": -1.0, "correction": "dc", "staleness": 1}, "dc_lambda=-1"),
         ({"clip_norm": 0.0}, "clip_norm"),

@@ -91,6 +91,7 @@ PATTERN_CHANGES = {
 PATTERN_CHANGES["ps"] = {
     "servers": 2,
     "staleness": 1,
+    "start": 1,
     "backup_workers": 1,
     "correction": "rate",
     "dc_lambda": 0.1,

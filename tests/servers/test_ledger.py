@@ -13,13 +13,14 @@ from weft.servers.ledger import Ledger, Share
     staleness=st.one_of(st.none(), st.integers(0, 3)),
     backups=st.integers(0, 2),
     begin=st.integers(0, 5),
+    start=st.integers(0, 8),
     data=st.data(),
 )
 def test_any_course_of_events(
-    shares: int, staleness: int | None, backups: int, begin: int, data: st.DataObject
+    shares: int, staleness: int | None, backups: int, begin: int, start: int, data: st.DataObject
 ) -> None:
     backups = min(backups, shares - 1)
-    ledger = Ledger(shares, begin, staleness, backups)
+    ledger = Ledger(shares, begin, staleness, backups, start)
     end = begin + 6
     ledger.pause(end)
     at_work: dict[int, Share] = {}  # by worker, as it thinks
@@ -48,6 +49,7 @@ def test_any_course_of_events(
         assert taken.batch not in closed
         lowest = min(set(range(begin, end + 1)) - closed.keys())
         assert staleness is None or taken.batch <= lowest + staleness
+        assert lowest >= start or taken.batch == lowest
         holders = [w for w, share in at_work.items() if share == taken and w not in lost]
         assert not holders
         at_work[worker] = taken

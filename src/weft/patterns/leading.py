@@ -62,8 +62,8 @@ class Lead(Server):
 
     def take_up(self) -> None:
         """The work, where nothing is under way."""
-        shares = self.pattern.shares(self.ctx.world)
-        self.ledger = Ledger(shares, self.open_from, self.pattern.bound, self.pattern.backup_workers, self.closed)
+        pattern, shares = self.pattern, self.pattern.shares(self.ctx.world)
+        self.ledger = Ledger(shares, self.open_from, pattern.bound, pattern.backup_workers, pattern.start, self.closed)
         self.idle: list[int] = []
         self.dones: dict[Share, tuple[int, m.Done]] = {}  # who has done it
         self.closing: dict[int, list[int]] = {}  # by batch, the shares to be joined
@@ -211,7 +211,7 @@ class Lead(Server):
             return m.Evaluate(self.epoch, self.evaluation, part, len(self.taken), self.version)
         share = self.ledger.take(worker)
         # what is closed may not be applied yet: then its reading waits
-        version = self.ordered if self.pattern.bound is None else self.ledger.lowest
+        version = self.ordered if self.ledger.bound is None else self.ledger.lowest
         return None if share is None else m.Train(self.epoch, share.batch, share.share, version)
 
     def on_done(self, peer: int, done: m.Done) -> None:

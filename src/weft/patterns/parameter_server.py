@@ -51,6 +51,7 @@ class ParameterServer(Pattern):
     staleness: int | Literal["none"] = field(
         default=0, metadata={"doc": "batches that a worker may be ahead: 0 synchronous, none without bound"}
     )
+    start: int = field(default=0, metadata={"doc": "batches that are synchronous before `staleness` is allowed"})
     replicas: int = field(
         default=1,
         metadata={
@@ -66,7 +67,7 @@ class ParameterServer(Pattern):
         default="none",
         metadata={"doc": "of late gradients: rate divides by lateness + 1, dc compensates for the delay (DC-ASGD)"},
     )
-    dc_lambda: float = field(default=0.04, metadata={"doc": "how strongly correction=dc moves a late gradient"})
+    dc_lambda: float = field(default=32.0, metadata={"doc": "how strongly correction=dc moves a late gradient"})
     clip_norm: float | None = field(default=None, metadata={"doc": "largest global L2 norm of a batch's gradient"})
     accumulate: int = field(default=1, metadata={"doc": "micro-batches per share: less memory, same result"})
     autocast: Literal["none", "bf16"] = field(
@@ -77,6 +78,7 @@ class ParameterServer(Pattern):
         counts = (
             ("servers", self.servers, 1),
             ("replicas", self.replicas, 1),
+            ("start", self.start, 0),
             ("backup_workers", self.backup_workers, 0),
         )
         for name, value, least in counts:
@@ -97,12 +99,16 @@ class ParameterServer(Pattern):
         if self.accumulate < 1:
             raise ConfigError(f"accumulate={self.accumulate} is not possible: 1 (no accumulation) or more.")
         if not (self.dc_lambda > 0 and math.isfinite(self.dc_lambda)):
-            raise ConfigError(f"dc_lambda={self.dc_lambda} is not possible: give a positive number, such as 0.04.")
+            raise ConfigError(f"dc_lambda={self.dc_lambda} is not possible: give a positive number, such as 32.")
         if self.dc_lambda != type(self).dc_lambda and self.correction != "dc":
             raise Incompatible(f"dc_lambda={self.dc_lambda} is of correction=dc: add it, or leave dc_lambda out.")
         if self.correction != "none" and self.staleness == 0:
             raise Incompatible(
                 f"correction={self.correction} corrects late gradients, and with staleness=0 none is late: leave it out, or allow a staleness."
+            )
+        if self.start and self.staleness == 0:
+            raise Incompatible(
+                f"start={self.start} says when gradients may be late, and with staleness=0 none is: leave it out, or allow a staleness."
             )
         check_clip_norm(self.clip_norm)
 

@@ -4,7 +4,7 @@ The unit is a share: a joined batch is cut into as many as there were workers at
 worker first. So a slow worker holds up one share, not a worker's worth of every batch, and one that is gone only leaves its share to another.
 A batch is closed when its shares are in (all, or all but ``backups``: Chen et al. 2016), and becomes one update. A share of batch b is
 handed out once every batch before b - staleness is closed (Ho et al. 2013, with batches as clocks): 0 is one process's order, None no
-bound. If updates are made in the batches' order, none of its gradients is later than ``staleness`` updates. Before a pause nothing beyond it is handed out, so that there the state is that of so many whole batches.
+bound; 0 for all before ``start``. If updates are made in the batches' order, none of its gradients is later than ``staleness`` updates. Before a pause nothing beyond it is handed out, so that there the state is that of so many whole batches.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ class _Open:
 
 
 class Ledger:
-    """``begin``: the first batch that is not closed; ``closed``: those after it that are."""
+    """``begin``: the first batch that is not closed; ``closed``: those after it that are; ``start``: how many are synchronous."""
 
     def __init__(
-        self, shares: int, begin: int, staleness: int | None = 0, backups: int = 0, closed: Collection[int] = ()
+        self,
+        shares: int,
+        begin: int,
+        staleness: int | None = 0,
+        backups: int = 0,
+        start: int = 0,
+        closed: Collection[int] = (),
     ) -> None:
-        self.shares, self.staleness, self.backups = shares, staleness, backups
+        self.shares, self.staleness, self.backups, self.start = shares, staleness, backups, start
         self.lowest = begin  # all batches before it are closed
         self._closed = set(closed)  # above ``lowest``
         self._next = max([begin, *(batch + 1 for batch in closed)])  # the first that is not begun
@@ -45,6 +51,11 @@ class Ledger:
 
     def _all_free(self) -> _Open:
         return _Open(set(range(self.shares)))
+
+    @property
+    def bound(self) -> int | None:
+        """How far ahead anybody may be now."""
+        return 0 if self.lowest < self.start else self.staleness
 
     @property
     def begun(self) -> int:
@@ -66,7 +77,7 @@ class Ledger:
 
     def _startable(self) -> Iterator[int]:
         yield from sorted(self._open)
-        bound = self.limit if self.staleness is None else min(self.limit, self.lowest + self.staleness + 1)
+        bound = self.limit if self.bound is None else min(self.limit, self.lowest + self.bound + 1)
         if self._next < bound:
             yield self._next
 
