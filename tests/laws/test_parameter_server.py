@@ -372,13 +372,12 @@ def misdeed(change: Callable[[messages.Push, list[Any]], tuple[Any, list[Any]]])
     def commit() -> None:
         send = working.Desk.send
 
-        def rogue(self: Any, server: int, message: Any, payload: Any = ()) -> None:
+        def rogue(self: Any, server: int, message: Any, payload: Any = ()) -> Any:
             if isinstance(message, messages.Push):
                 message, payload = change(message, list(payload))
             if isinstance(message, bytes):
-                self.endpoint.isend(self.servers[server], 0, message, payload)
-            else:
-                send(self, server, message, payload)
+                return self.endpoint.isend(self.servers[server], 0, message, payload)
+            return send(self, server, message, payload)
 
         working.Desk.send = rogue  # type: ignore[method-assign]
 
@@ -483,7 +482,7 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
         (ParameterServer(servers=40), {}, "servers=40 cannot share.*servers="),
         (ParameterServer(backup_workers=2), {}, "backup_workers=2.*1 at most"),
         (ParameterServer(accumulate=20), {}, "accumulate=20"),
-        (ParameterServer(), {"link": "shm", "cluster": "local"}, "link 'shm'.*--link tcp"),
+        (ParameterServer(), {"link": "gloo", "cluster": "local"}, "link 'gloo'.*--link tcp"),
         (ParameterServer(), {"trace": True}, "--trace"),
         (ParameterServer(), {"check_equivalence": 1}, "--check-equivalence"),
         (ParameterServer(), {"faults": [weft_testing.skip(rank=0, step=1)]}, "fault 'skip'"),

@@ -57,11 +57,9 @@ class Transport:
         if spec.carrier == "shm":
             from weft.comm.shm import Region
 
-            most = memory_left() // (
-                2 * spec.world
-            )  # of what a payload's memory may take; what does not fit travels through sockets
+            most = memory_left() // (2 * spec.world)  # what has no room in a heap of frames travels through sockets
             self.region = Region.create(spec.world, min(spec.nbytes, most) if spec.frames else spec.nbytes)
-        if spec.carrier == "tcp" and spec.store is None or self.region is not None and spec.frames:
+        if (spec.carrier == "tcp" and spec.store is None) or (self.region is not None and spec.frames):
             from weft.comm.tcp import listen
 
             try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weft.comm.buffers import Buffers, Bytes
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
 from weft.errors import CheckpointError, Incompatible
@@ -24,7 +25,8 @@ from weft.resilience.checkpoint import unlike
 from weft.servers.ranges import Piece
 
 PLACE = 8  # bytes of a row's number
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+BLOCK = 1 << 18  # numbers: joined before they leave the cache
+LARGE = 1 << 22  # bytes: memcpy writes so much past the cache, and torch does not
 
 
 class Flat:
@@ -75,6 +77,10 @@ class Flat:
 
     def memory(self) -> Bytes:
         return np.zeros(self.nbytes, np.uint8)
+
+    def holds(self, lent: memoryview | None) -> bool:
+        """It is such memory, as its sender has it."""
+        return lent is not None and len(lent) == self.nbytes
 
 
 class Table(NamedTuple):
@@ -186,13 +192,14 @@ class Holding:
         if ctx.resume is not None:
             self._load(ctx.resume.parts[FIRST_PART])
         self.version = ctx.resume.step if ctx.resume else 0
-        self.memory = flat.memory()
+        assert ctx.endpoint is not None
+        self.buffers = Buffers(ctx.endpoint, flat.nbytes)
+        self.memory = self.buffers.take()
         self.values, self.running = flat.views(self.memory)
         self.joined = flat.memory()
         self.grads, self.joined_running = flat.views(self.joined)
         self._take_pieces()
-        self.versions: dict[int, Bytes] = {}  # as they were read, for as long as somebody is at work on them
-        self._spare: list[Bytes] = []
+        self.versions: dict[int, Bytes] = {}  # as they were read; the newest is ``memory`` itself
 
     def _load(self, state: Mapping[str, Any]) -> None:
         if differs := unlike(state["model"], self.model.state_dict(), "the checkpoint", "the task's model"):
@@ -239,48 +246,70 @@ class Holding:
     # -- versions
 
     def read(self) -> Bytes:
-        """The values as they are now, which stay so until ``forget``."""
-        if self.version not in self.versions:
-            copy = self._spare.pop() if self._spare else self.flat.memory()
-            np.copyto(copy, self.memory)
-            self.versions[self.version] = copy
-        return self.versions[self.version]
+        """The values as they are now, to be sent (tell ``buffers``): they stay so until nobody reads them, and ``forget``."""
+        self.versions[self.version] = self.memory
+        return self.memory
 
     def forget(self, needed: Iterable[int]) -> None:
-        """All versions but these, and the newest."""
-        keep = {self.version, *needed}
+        """All versions but these, if they are looked at again, and the newest."""
+        keep = {self.version, *(needed if self.pattern.correction == "dc" else ())}
         for version in [v for v in self.versions if v not in keep]:
-            self._spare.append(self.versions.pop(version))
+            self.buffers.leave(self.versions.pop(version))
+
+    def _make_room(self) -> None:
+        """What is stepped must not be what somebody reads, or what is needed as it was."""
+        if self.version not in self.versions:
+            return
+        if self.pattern.correction != "dc" and not self.buffers.is_read(self.memory):
+            del self.versions[self.version]
+            return
+        fresh = self.buffers.take()
+        np.copyto(fresh, self.memory)
+        self.memory = fresh
+        self.values, self.running = self.flat.views(fresh)
+        for piece, values in zip(self.flat.pieces, self.values, strict=True):
+            p = self.stepped[piece.name]
+            p.data = values.view(p.shape)
 
     # -- an update
 
     @torch.no_grad()
     def join(self, pushed: Sequence[Pushed], factor: float) -> None:
         """The shares' sum times ``factor``, in the order in which they are given."""
-        kind = self.pattern.correction
-        targets = self.flat.parameters(self.joined)
-        now = self.flat.parameters(self.memory)
-        for k, each in enumerate(pushed):
-            late, sources = self.version - each.version, self.flat.parameters(each.memory)
-            scale = self._scale(each)
-            if kind == "dc" and late:  # Zheng et al. 2017, eq. 10
-                read = self.flat.parameters(self.versions[each.version])
-                strength = self.pattern.dc_lambda
-                sources = [g + strength * g * g * (w - r) for g, w, r in zip(sources, now, read, strict=True)]
-            for target, source in zip(targets, sources, strict=True):
-                if k == 0:
-                    torch.mul(source, scale, out=target)
-                else:
-                    target.add_(source, alpha=scale)
-        if factor != 1.0:
-            for target in targets:
-                target.mul_(factor)
         self._join_running(pushed)
         self._join_rows(pushed, factor)
         missing = frozenset.intersection(*(each.absent for each in pushed))
-        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
+        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self._summed(pushed, factor), strict=True)):
             p = self.stepped[piece.name]
             p.grad = None if k in missing else grad.view(p.shape)
+
+    def _summed(self, pushed: Sequence[Pushed], factor: float) -> list[Tensor]:
+        """By piece. Of a single share it is what was pushed, where it lies."""
+        kind, clips = self.pattern.correction, self.pattern.clip_norm is not None
+        scales = [self._scale(each) for each in pushed]
+        moved = [kind == "dc" and each.version < self.version for each in pushed]
+        if len(pushed) == 1 and not moved[0] and scales[0] * factor == 1.0 and not clips:
+            return self.flat.views(pushed[0].memory)[0]
+        targets, now = self.flat.parameters(self.joined), self.flat.parameters(self.memory)
+        given = [self.flat.parameters(each.memory) for each in pushed]
+        read = [
+            self.flat.parameters(self.versions[p.version]) if m else now for p, m in zip(pushed, moved, strict=True)
+        ]
+        strength = self.pattern.dc_lambda
+        for t, target in enumerate(targets):
+            for low in range(0, len(target), BLOCK):
+                part = slice(low, low + BLOCK)
+                for k, scale in enumerate(scales):
+                    g = given[k][t][part]
+                    if moved[k]:  # Zheng et al. 2017, eq. 10
+                        g = g + strength * g * g * (now[t][part] - read[k][t][part])
+                    if k == 0:
+                        torch.mul(g, scale, out=target[part])
+                    else:
+                        target[part].add_(g, alpha=scale)
+                if factor != 1.0:
+                    target[part].mul_(factor)
+        return self.grads
 
     def _join_rows(self, pushed: Sequence[Pushed], factor: float) -> None:
         """The same of tables: rows that several have touched add up."""
@@ -323,7 +352,10 @@ class Holding:
             for piece, _, _ in self.flat.tables:
                 p = self.stepped[piece.name]
                 p.grad = p.grad * scale if p.grad is not None else None
+        self._make_room()
         self.optimizer.step()
+        for p in self.stepped.values():
+            p.grad = None  # it may be a worker's memory
         if self.schedule is not None:
             self.schedule.step()
         for running, joined in zip(self.running, self.joined_running, strict=True):
@@ -364,6 +396,20 @@ class Holding:
             "optimizer": {"state": {name: states[name] for name in order}, "param_groups": groups},
             "schedule": self.schedule.state_dict() if self.schedule is not None else None,
         }
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Flat tensors, each into its own."""
+    small = [k for k, target in enumerate(targets) if target.nbytes < LARGE]
+    if small:
+        torch._foreach_copy_([targets[k] for k in small], [sources[k] for k in small])
+    for target, source in zip(targets, sources, strict=True):
+        if target.nbytes >= LARGE:
+            np.copyto(bytes_of(target), bytes_of(source))
+
+
+def bytes_of(flat: Tensor) -> Bytes:
+    return cast(Bytes, flat.detach().view(torch.uint8).numpy())
 
 
 def held_of(flat: Flat) -> list[tuple[Piece, int]]:

@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 import torch
 
-from weft.comm.endpoint import Arrival, Lost, Silent
+from weft.comm.buffers import Bytes
+from weft.comm.endpoint import Arrival, Lost, Sending, Silent
 from weft.comm.wire import Head
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
@@ -25,7 +26,6 @@ from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import make_feed
 from weft.patterns.holding import (
     PLACE,
-    Bytes,
     Flat,
     Holding,
     Pushed,
@@ -121,8 +121,13 @@ class Server:
         if why := self.refusal(message, head):
             raise CommError(f"{why}; it was a {type(message).__name__}", (head.sender,))
         if isinstance(message, m.Push):
-            memory = self.spare.pop() if self.spare else self.flat.memory()
             rows = np.empty(head.payload_bytes - self.flat.nbytes, np.uint8)
+            if head.lent is not None and self.flat.holds(
+                head.lent
+            ):  # read where the worker has it, who leaves it as it is
+                self.placed[head.sender] = (np.frombuffer(head.lent, np.uint8), rows)
+                return [head.lent, rows.data]
+            memory = self.spare.pop() if self.spare else self.flat.memory()
             self.placed[head.sender] = (memory, rows)
             return [memory.data, rows.data]
         return [np.empty(head.payload_bytes, np.uint8).data] if head.payload_bytes else []
@@ -176,15 +181,16 @@ class Server:
             return f"worker {worker} pushed for {len(self.flat.pieces)} pieces, and left out {push.absent}"
         return ""
 
-    def send(self, peer: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
+    def send(self, peer: int, message: m.Any, payload: Sequence[Any] = ()) -> Sending | None:
         """To one that may have gone: it is told of by an event."""
         if peer not in self.endpoint.peers:
-            return
+            return None
         self.seq += 1
         meta = m.encode(message)
-        self.endpoint.isend(peer, self.seq, meta, payload)
+        sending = self.endpoint.isend(peer, self.seq, meta, payload)
         self.bytes_sent += len(meta) + sum(len(each) for each in payload)
         self.messages += 1
+        return sending
 
     # -- workers
 
@@ -195,7 +201,9 @@ class Server:
         version = self.holding.version
         self.reading[peer] = version
         values = self.holding.read()  # dc will look at them again
-        self.send(peer, m.Values(version), [] if pull.has == version else [values.data])
+        sending = self.send(peer, m.Values(version), [] if pull.has == version else [values.data])
+        if sending is not None:
+            self.holding.buffers.sent(values, sending)
 
     def on_look(self, peer: int, look: m.Look, payload: Sequence[memoryview]) -> None:
         if look.version > self.holding.version:
@@ -209,6 +217,11 @@ class Server:
         values = table[places]
         self.send(peer, m.Rows(look.table), [values.reshape(-1).view(torch.uint8).numpy().data])
 
+    def keep(self, memory: Bytes) -> None:
+        """For another push, if it is ours."""
+        if memory.flags.owndata:
+            self.spare.append(memory)
+
     def refuse(self, peer: int, why: str) -> None:
         """What only its payload shows."""
         self.ctx.tell("warning", text=f"{why}: refused")
@@ -219,11 +232,11 @@ class Server:
         rows = rows_in(row_memory, self.flat.tables, push.rows)
         for some, table in zip(rows, self.holding.tables, strict=True):
             if not are_places(some.places, len(table)):
-                self.spare.append(memory)
+                self.keep(memory)
                 self.refuse(peer, f"worker {peer} pushed beyond the {len(table)} rows of a table")
                 return
         if share in self.held or self.is_closed(push.batch):  # another has done it meanwhile, or this is said again
-            self.spare.append(memory)
+            self.keep(memory)
         else:
             pushed = Pushed(memory, push.version, push.weight, peer, frozenset(push.absent), rows)
             self.check_finite(pushed, push.batch)
@@ -258,9 +271,10 @@ class Server:
         self.holding.join(pushed, close.factor)
         if self.index == 0:  # once for all
             self.report.staleness = [self.holding.version - each.version for each in pushed]
-        self.spare += [each.memory for each in pushed]
+        for each in pushed:
+            self.keep(each.memory)
         for share in [share for share in self.held if share.batch == close.batch]:  # of those that nobody waits for
-            self.spare.append(self.held.pop(share).memory)
+            self.keep(self.held.pop(share).memory)
         self.closed.add(close.batch)
         while self.open_from in self.closed:
             self.closed.remove(self.open_from)
@@ -307,7 +321,7 @@ class Server:
             self.reading.pop(lost.peer, None)
             self.waiting = [wish for wish in self.waiting if wish[0] != lost.peer]
             if (placed := self.placed.pop(lost.peer, None)) is not None:
-                self.spare.append(placed[0])
+                self.keep(placed[0])
         elif self.ctx.world not in (lost.peer, self.ctx.rank):
             pass  # the first server misses it, and says so
         elif lost.error is not None:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from weft.comm.endpoint import Arrival, Lost, Silent
+from weft.comm.buffers import Buffers, Bytes
+from weft.comm.endpoint import Arrival, Lost, Sending, Silent
 from weft.comm.wire import Head
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
@@ -25,7 +26,7 @@ from weft.data.sampler import Draw
 from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import Feed, make_feed
-from weft.patterns.holding import Flat, SomeRows, describe, flats, untrained
+from weft.patterns.holding import Flat, SomeRows, copy_all, describe, flats, untrained
 from weft.patterns.parameter_server import ParameterServer
 from weft.patterns.randomness import seed_everything
 from weft.patterns.training import Replica
@@ -121,18 +122,21 @@ class Desk:
         assert ctx.endpoint is not None
         self.endpoint, self.flats, self.lead = ctx.endpoint, own, ctx.world
         self.servers = range(ctx.world, ctx.world + len(own))
-        self.values = [flat.memory() for flat in own]
-        self.grads = [flat.memory() for flat in own]
+        self.values: dict[int, Bytes] = {}  # by server, what came of it: its own memory, if that is here
+        self.buffers = [Buffers(self.endpoint, flat.nbytes) for flat in own]
+        self.grads: list[Bytes] = []
+        self._taken: dict[int, Bytes] = {}  # where values are put that are not read where they lie
         self.has = [-1] * len(own)
         self.seq = self.bytes_sent = self.messages = 0
         self.over = False  # the first server has closed its link with no error
 
-    def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
+    def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> Sending:
         self.seq += 1
         meta = m.encode(message)
-        self.endpoint.isend(self.servers[server], self.seq, meta, payload)
+        sending = self.endpoint.isend(self.servers[server], self.seq, meta, payload)
         self.bytes_sent += len(meta) + sum(len(each) for each in payload)
         self.messages += 1
+        return sending
 
     def hear(self) -> tuple[int, Any, Arrival]:
         """The next message: (server, what it says, how it came). A server that is slow is waited for, one that is gone or silent is an error."""
@@ -160,6 +164,12 @@ class Desk:
         message = m.decode(head.meta)
         server = head.sender - self.lead
         if isinstance(message, m.Values) and head.payload_bytes:
+            if head.lent is not None and self.flats[server].holds(head.lent):
+                self.values[server] = np.frombuffer(head.lent, np.uint8)
+                return [head.lent]
+            if server not in self._taken:
+                self._taken[server] = self.flats[server].memory()
+            self.values[server] = self._taken[server]
             return [self.values[server].data]
         if isinstance(message, m.Rows):
             self.rows = np.empty(head.payload_bytes, np.uint8)
@@ -208,6 +218,11 @@ class Desk:
                 self.has[server] = values.version
         return changed
 
+    def begin(self) -> list[Bytes]:
+        """Memory for the gradients that are pushed next; what was pushed before may still be read."""
+        self.grads = [buffers.take() for buffers in self.buffers]
+        return self.grads
+
     def look(self, server: int, table: int, places: torch.Tensor, version: int) -> torch.Tensor:
         """Rows of a server's table, (K, width)."""
         own = self.flats[server].tables[table]
@@ -229,7 +244,8 @@ class Desk:
             push = m.Push(batch, share, self.has[server], weight, absent[server], counts)
             payload = [each.places for each in rows[server]] + [each.values for each in rows[server]]
             numbers = [t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in payload]
-            self.send(server, push, [memory.data, *numbers])
+            self.buffers[server].sent(memory, self.send(server, push, [memory.data, *numbers]))
+            self.buffers[server].leave(memory)
         for _ in self.flats:
             self.expect(m.Ack)
 
@@ -243,26 +259,27 @@ class Carrier:
 
     def __init__(self, replica: Borrower, desk: Desk) -> None:
         self.replica, self.desk = replica, desk
-        self.values = [flat.views(memory) for flat, memory in zip(desk.flats, desk.values, strict=True)]
-        self.grads = [flat.views(memory) for flat, memory in zip(desk.flats, desk.grads, strict=True)]
         self.running = list(replica.running.values())
+        self._read = [torch.zeros_like(buffer) for buffer in self.running]
 
     @torch.no_grad()
     def take(self, servers: Sequence[int]) -> None:
-        """What came of them, into the model."""
+        """What came of them, into the model; nothing of what came is looked at afterwards."""
         for server in servers:
-            pieces, _ = self.values[server]
-            targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[server].pieces]
-            if targets:
-                torch._foreach_copy_(targets, pieces)
-        for buffer, value in zip(self.running, self.values[0][1], strict=True):  # our own last share has moved them
-            buffer.copy_(value.view(buffer.shape))
+            flat = self.desk.flats[server]
+            pieces, running = flat.views(self.desk.values.pop(server))
+            copy_all([flat_of(self.replica.params[p.name])[p.start : p.stop] for p in flat.pieces], pieces)
+            for kept, value in zip(self._read, running, strict=False):
+                kept.copy_(value.view(kept.shape))
+        for buffer, kept in zip(self.running, self._read, strict=True):  # our own last share has moved them
+            buffer.copy_(kept)
 
     @torch.no_grad()
     def give(self, update: Update) -> list[list[int]]:
         """The gradients, to where they are pushed from; the places of those that are missing, by server."""
         missing = []
-        for flat, (pieces, running) in zip(self.desk.flats, self.grads, strict=True):
+        for flat, memory in zip(self.desk.flats, self.desk.begin(), strict=True):
+            pieces, running = flat.views(memory)
             absent, sources, targets = [], [], []
             for k, (piece, target) in enumerate(zip(flat.pieces, pieces, strict=True)):
                 entry = update.entries.get(piece.name)
@@ -272,8 +289,7 @@ class Carrier:
                 else:
                     sources.append(cast(Dense, entry).tensor.reshape(-1)[piece.start : piece.stop])
                     targets.append(target)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            copy_all(targets, sources)
             for buffer, target in zip(self.running, running, strict=False):
                 target.copy_(buffer.reshape(-1))
             missing.append(absent)
