@@ -198,10 +198,13 @@ class Server:
         if pull.version > self.holding.version:
             self.waiting.append((peer, pull, payload))
             return
+        self.send_values(peer, m.Values(self.holding.version), pull.has)
+
+    def send_values(self, peer: int, message: m.Values | m.Train, has: int) -> None:
         version = self.holding.version
         self.reading[peer] = version
         values = self.holding.read()  # dc will look at them again
-        sending = self.send(peer, m.Values(version), [] if pull.has == version else [values.data])
+        sending = self.send(peer, message, [] if has == version else [values.data])
         if sending is not None:
             self.holding.buffers.sent(values, sending)
 
@@ -241,6 +244,9 @@ class Server:
             pushed = Pushed(memory, push.version, push.weight, peer, frozenset(push.absent), rows)
             self.check_finite(pushed, push.batch)
             self.held[share] = pushed
+        self.acknowledge(peer, push)
+
+    def acknowledge(self, peer: int, push: m.Push) -> None:
         self.send(peer, m.Ack(push.batch, push.share))
 
     def check_finite(self, pushed: Pushed, batch: int) -> None:
@@ -449,6 +455,12 @@ class Lead(Server):
             self.sums.setdefault(ask.part, np.frombuffer(payload[0], np.float64))
         self.hand_out()
 
+    def acknowledge(self, peer: int, push: m.Push) -> None:
+        if push.done is None:
+            super().acknowledge(peer, push)
+        else:
+            self.on_ask(peer, m.Ask(push.done), ())
+
     def payload_of(self, message: m.Any) -> int:
         if isinstance(message, m.Ask) and message.part is not None:
             return self.totals.flat.nbytes
@@ -459,7 +471,11 @@ class Lead(Server):
     def refusal(self, message: m.Any, head: Head) -> str:
         if isinstance(message, m.State | m.Square) and head.sender not in self.others:
             return f"member {head.sender} said what only other servers do"
-        if isinstance(message, m.Ask) and (done := message.done) is not None:
+        if isinstance(message, m.Ask | m.Push) and (done := message.done) is not None:
+            if isinstance(message, m.Push) and (
+                len(self.flats) > 1 or (done.batch, done.share) != (message.batch, message.share)
+            ):
+                return f"worker {head.sender} pushed share {message.share} of batch {message.batch}, and says that all is done of another"
             if not (math.isfinite(done.loss) and 0 <= done.weight < math.inf and done.drawn > 0):
                 return f"worker {head.sender} has a loss of {done.loss} over {done.weight} of {done.drawn} examples"
         return super().refusal(message, head)
@@ -471,7 +487,11 @@ class Lead(Server):
             order = self.work_for(worker)
             if order is not None:
                 self.idle.remove(worker)
-                self.send(worker, order)
+                if isinstance(order, m.Train) and order.version <= self.holding.version:
+                    order = msgspec.structs.replace(order, given=self.holding.version)
+                    self.send_values(worker, order, self.reading.get(worker, -1))
+                else:
+                    self.send(worker, order)
 
     def work_for(self, worker: int) -> m.Train | m.Evaluate | None:
         left = [part for part, who in self.taken.items() if who is None and part not in self.sums]

@@ -163,7 +163,7 @@ class Desk:
     def _place(self, head: Head) -> Sequence[memoryview]:
         message = m.decode(head.meta)
         server = head.sender - self.lead
-        if isinstance(message, m.Values) and head.payload_bytes:
+        if isinstance(message, m.Values | m.Train) and head.payload_bytes:
             if head.lent is not None and self.flats[server].holds(head.lent):
                 self.values[server] = np.frombuffer(head.lent, np.uint8)
                 return [head.lent]
@@ -202,21 +202,24 @@ class Desk:
         self.expect(m.Welcome)
         return self.welcome
 
-    def ask(self, ask: m.Ask, totals: Sequence[Any] = ()) -> m.Train | m.Evaluate | m.Finish:
-        self.send(0, ask, totals)
+    def ask(self, ask: m.Ask | None, totals: Sequence[Any] = ()) -> m.Train | m.Evaluate | m.Finish:
+        """None: the push did."""
+        if ask is not None:
+            self.send(0, ask, totals)
         return cast(m.Train | m.Evaluate | m.Finish, self.expect((m.Train, m.Evaluate, m.Finish))[1])
 
-    def pull(self, version: int) -> list[int]:
-        """The servers' values, at that version or later, are in ``values``; which have changed."""
-        for server in range(len(self.flats)):
+    def pull(self, version: int, given: int = -1) -> list[int]:
+        """The servers' values, at that version or later, are in ``values``, where they have changed; which have. ``given``: the first's, with
+        the order."""
+        asked = range(1 if given >= 0 else 0, len(self.flats))
+        for server in asked:
             self.send(server, m.Pull(version, self.has[server]))
-        changed = []
-        for _ in self.flats:
+        for _ in asked:
             server, values = self.expect(m.Values)
-            if values.version != self.has[server]:
-                changed.append(server)
-                self.has[server] = values.version
-        return changed
+            self.has[server] = values.version
+        if given >= 0:
+            self.has[0] = given
+        return sorted(self.values)
 
     def begin(self) -> list[Bytes]:
         """Memory for the gradients that are pushed next; what was pushed before may still be read."""
@@ -237,17 +240,22 @@ class Desk:
         weight: float,
         absent: Sequence[list[int]],
         rows: Sequence[Sequence[SomeRows]],
-    ) -> None:
-        """``grads``, and rows of tables, are with all servers."""
+        done: m.Done,
+    ) -> m.Ask | None:
+        """``grads``, and rows of tables, are with all servers; how to ask for more, if that is still to be done."""
+        alone = len(self.flats) == 1
         for server, memory in enumerate(self.grads):
             counts = [len(each.places) for each in rows[server]]
-            push = m.Push(batch, share, self.has[server], weight, absent[server], counts)
+            push = m.Push(batch, share, self.has[server], weight, absent[server], counts, done if alone else None)
             payload = [each.places for each in rows[server]] + [each.values for each in rows[server]]
             numbers = [t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in payload]
             self.buffers[server].sent(memory, self.send(server, push, [memory.data, *numbers]))
             self.buffers[server].leave(memory)
+        if alone:
+            return None
         for _ in self.flats:
             self.expect(m.Ack)
+        return m.Ask(done)
 
 
 class Over(Exception):
@@ -366,7 +374,8 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
     carrier, looker = Carrier(replica, desk), Looker(replica, desk)
-    ask, totals = m.Ask(), list[Any]()
+    ask: m.Ask | None = m.Ask()
+    totals: list[Any] = []
     step = ctx.resume.step if ctx.resume else 0
     try:
         take_over(replica, desk.join(describe(replica.model)), ctx)
@@ -376,7 +385,7 @@ def work(ctx: Context) -> Iterator[SafePoint]:
             asked = time.perf_counter()
             if isinstance(order, m.Finish):
                 return
-            carrier.take(desk.pull(order.version))
+            carrier.take(desk.pull(order.version, order.given if isinstance(order, m.Train) else -1))
             pulled = time.perf_counter()
             looker.begin(order.version)
             if isinstance(order, m.Evaluate):
@@ -393,8 +402,8 @@ def work(ctx: Context) -> Iterator[SafePoint]:
                 )
             absent = carrier.give(update)
             computed = time.perf_counter()
-            desk.push(order.batch, order.share, weight, absent, looker.rows(update))
-            ask, totals = m.Ask(m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)), []
+            done = m.Done(order.batch, order.share, loss, weight, replica.drawn_in_all)
+            ask, totals = desk.push(order.batch, order.share, weight, absent, looker.rows(update), done), []
             step = max(step, order.batch + 1)
             report.losses, report.weights, report.examples = [], [], 0  # the first server tells these of all
             report.wait_s, report.exchange_s = asked - begun, pulled - asked + time.perf_counter() - computed

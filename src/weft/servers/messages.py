@@ -5,7 +5,8 @@
     first server -> others   Close, Apply, Collect, Leave others -> first          Square, State
 
 A push is held until the first server, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
-shares in the same order, each share once, and nothing of a batch that is refused.
+shares in the same order, each share once, and nothing of a batch that is refused. With one server a push says that, too, and asks: what it is
+answered by is the next Train, with the values as they are now, so that a share takes one question and one answer.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ class Ask(Message, frozen=True):
 
 
 class Train(Message, frozen=True):
-    """Share ``share`` of batch ``batch``, at ``version`` or a later one."""
+    """Share ``share`` of batch ``batch``, at ``version`` or a later one. ``given``: the first server's version, if it is there: its values come
+    along, unless the worker has them. It is as if they had been pulled."""
 
     batch: int
     share: int
     version: int
+    given: int = -1
 
 
 class Evaluate(Message, frozen=True):
@@ -91,7 +94,7 @@ class Rows(Message, frozen=True):
 
 class Push(Message, frozen=True):
     """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched. ``rows``: how many of each table,
-    whose places (int64) and values follow in the payload, table by table."""
+    whose places (int64) and values follow in the payload, table by table. ``done``, to the only server: no Ack is sent, but what is to be done next."""
 
     batch: int
     share: int
@@ -99,6 +102,7 @@ class Push(Message, frozen=True):
     weight: float
     absent: list[int] = []
     rows: list[int] = []
+    done: Done | None = None
 
 
 class Refused(Message, frozen=True):
