@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tests.comm.test_endpoint import DEADLINE_S, Mesh, in_thread
 
 from weft.comm import wire
+from weft.comm.buffers import Buffers
 from weft.comm.endpoint import Arrival, Endpoint, Joined, Lost, Place, Sending
 from weft.comm.shm import Region, ShmEndpoint
 from weft.comm.shm.endpoint import LEAST_LENT
@@ -89,6 +91,10 @@ def test_of_a_payload_that_is_placed_elsewhere_nothing_stays(two: list[ShmEndpoi
     assert filled_in == [0, 1, 2, 3, 4]
     del receiving
     assert is_done(sending, *two)
+    sending = lender.isend(1, 1, b"", [filled(lender, LARGE, 6)])
+    came = arrival(reader, lambda head: [memoryview(bytearray(head.payload_bytes))])
+    assert is_done(sending, *two), "its arrival still refers to it"
+    assert set(came.payload[0]) == {6}
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,7 +119,7 @@ def test_any_payload_arrives_whole(
         lent = [head.lent] if keeps and head.lent is not None else []
         room = memoryview(bytearray(head.payload_bytes - sum(map(len, lent))))
         bounds = [0, *sorted(min(cut, len(room)) for cut in cuts), len(room)]
-        return [*lent, *(room[a:b] for a, b in zip(bounds, bounds[1:], strict=False))]
+        return [*lent, *(room[a:b] for a, b in itertools.pairwise(bounds))]
 
     sending = lender.isend(1, 1, b"", payload)
     came = arrival(reader, place)
@@ -143,15 +149,33 @@ def test_a_frame_that_waits_is_lent_once(two: list[ShmEndpoint]) -> None:
     sending = lender.isend(1, 1, b"", [filled(lender, LARGE)])
     for _ in range(5):
         reader._progress(0.01)  # nobody wants it yet
+        lender._progress(0.01)
     came = arrival(reader)
+    lender._progress(0.05)
     assert not sending.done
     del came
     assert is_done(sending, *two)
 
 
+def test_a_frame_that_nobody_took_goes_with_its_connection(two: list[ShmEndpoint]) -> None:
+    lender, reader = two
+    lender.isend(1, 1, b"", [filled(lender, LARGE)])
+    for _ in range(5):
+        reader._progress(0.01)
+    assert len(reader._borrowed) == 1
+    lender.close()
+    while reader.peers:
+        assert isinstance(reader.recv_any(DEADLINE_S, refuse), Lost)
+    assert reader._borrowed == {}
+
+
+def refuse(head: Head) -> Sequence[memoryview]:
+    raise CommError("no such parameter")
+
+
 def test_what_is_small_or_not_of_the_heap_is_sent_by_value(two: list[ShmEndpoint]) -> None:
     lender, reader = two
-    for memory in (filled(lender, LEAST_LENT - 1), memoryview(bytearray(LARGE))):
+    for memory in (filled(lender, LEAST_LENT - 1), memoryview(bytearray(LARGE)), reader.memory(LARGE)):
         lender.isend(1, 1, b"", [memory])
         came = arrival(reader)
         memory[0] = 77
@@ -243,10 +267,6 @@ def test_over_tcp_nothing_can_be_lent() -> None:
 def test_what_is_refused_is_not_read(two: list[ShmEndpoint]) -> None:
     lender, reader = two
     lender.isend(1, 1, b"", [filled(lender, LARGE)])
-
-    def refuse(head: Head) -> Sequence[memoryview]:
-        raise CommError("no such parameter")
-
     lost = reader.recv_any(DEADLINE_S, refuse)
     assert isinstance(lost, Lost)
     assert "no such parameter" in lost.reason
@@ -257,6 +277,26 @@ def test_what_is_refused_is_not_read(two: list[ShmEndpoint]) -> None:
 def test_a_pace_is_refused(two: list[ShmEndpoint]) -> None:
     with pytest.raises(Incompatible, match="--link tcp"):
         two[0].pace(1e6)
+
+
+def test_a_buffer_is_taken_again_when_nobody_reads_it(two: list[ShmEndpoint]) -> None:
+    lender, reader = two
+    buffers = Buffers(lender, LARGE)
+    first = buffers.take()
+    for number in range(2):  # to two readers
+        buffers.sent(first, lender.isend(1, number, b"", [first.data]))
+    buffers.leave(first)
+    came = [arrival(reader), arrival(reader)]
+    second = buffers.take()
+    assert second is not first
+    buffers.leave(second)
+    for _ in range(2):
+        assert buffers.take() is second
+        buffers.leave(second)
+        came.pop()
+        for endpoint in (reader, lender):
+            endpoint._progress(0.05)
+    assert {id(buffers.take()), id(buffers.take())} == {id(first), id(second)}
 
 
 # Processes

@@ -374,6 +374,8 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
     carrier, looker = Carrier(replica, desk), Looker(replica, desk)
+    pattern = cast(ParameterServer, ctx.pattern)
+    runs_ahead = pattern.staleness != 0 or pattern.backup_workers > 0
     ask: m.Ask | None = m.Ask()
     totals: list[Any] = []
     step = ctx.resume.step if ctx.resume else 0
@@ -386,6 +388,8 @@ def work(ctx: Context) -> Iterator[SafePoint]:
             if isinstance(order, m.Finish):
                 return
             carrier.take(desk.pull(order.version, order.given if isinstance(order, m.Train) else -1))
+            if runs_ahead:  # what was read is given back before others' shares are applied
+                desk.endpoint.look((), "a look")
             pulled = time.perf_counter()
             looker.begin(order.version)
             if isinstance(order, m.Evaluate):
