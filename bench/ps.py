@@ -3,11 +3,12 @@
     python bench/ps.py [--quick] [--rounds N] [--only pushpull stragglers sparse] [--save]
 
 pushpull: one worker (and four) pushes a gradient of 4 KB, 1, 25 and 100 MB, and has the new parameters; over a server of torch.distributed.rpc.
-Ours is a run of `ps` on a task that computes nothing: the seconds of its steps outside of computing. GB/s are of both ways together.
+Ours is a run of `ps` on a task that computes nothing: the seconds of its steps outside of computing. GB/s are of both ways together, beside
+what one process copies (the best of ten), which bounds them: a gradient is written once, read by the step, and the parameters are copied out.
 stragglers: in each step one of four workers, drawn by key, sleeps until it is four times as slow; time to one training loss, synchronous over staleness=4.
 sparse: `wordvec` on a table of a million rows; bytes that workers push and read, over the touched rows' own; examples/s over a dense push.
 
-Last line: one JSON object with pushpull_25MB_GBps, vs_rpc_1MB, vs_rpc_25MB, rtt_vs_rpc, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
+Last line: one JSON object with pushpull_25MB_GBps, pushpull_100MB_over_copy, vs_rpc_1MB, vs_rpc_25MB, rtt_vs_rpc, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import PEERS, Sample, machine, peer_python, ratio, run, save
 from torch import Tensor, nn
@@ -77,6 +79,16 @@ def ours_s(numel: int, workers: int, repeats: int) -> float:
     return statistics.median(each)
 
 
+def copy_gbps(numel: int) -> float:
+    source, target = np.ones(numel, np.float32), np.ones(numel, np.float32)
+    seconds = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - begun)
+    return source.nbytes / min(seconds) / 1e9
+
+
 def rpc_s(numel: int, workers: int, repeats: int) -> float:
     said = run([peer_python(), str(PEERS / "ps_rpc.py"), str(numel), str(workers), str(repeats)])
     return statistics.median(json.loads(said.strip().splitlines()[-1]))
@@ -88,16 +100,17 @@ def pushpull(rounds: int, quick: bool, say: Any) -> tuple[dict[str, Any], dict[s
     names = ["4KB", "1MB", "25MB"] + ["100MB"] * (not quick)
     for workers in (1,) if quick else (1, 4):
         for name in names:
-            found: dict[str, list[float]] = {"ours": [], "rpc": []}
+            found: dict[str, list[float]] = {"ours": [], "rpc": [], "copy": []}
             for number in range(rounds):
                 arms = [("ours", ours_s), ("rpc", rpc_s)]
                 for arm, measure in arms if number % 2 == 0 else arms[::-1]:
                     found[arm].append(measure(SIZES[name], workers, REPEATS[name] // (4 if quick else 1)))
+                found["copy"].append(copy_gbps(SIZES[name]))
             ours, rpc = Sample(found["ours"]), Sample(found["rpc"])
             speed = Sample([2 * 4 * SIZES[name] / s / 1e9 for s in ours.values])
-            times = ratio(rpc, ours)
+            times, of_copy = ratio(rpc, ours), ratio(speed, Sample(found["copy"]))
             say(
-                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')}; rpc {rpc.text(1e3, ' ms')}: {times.text()} x"
+                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')} ({of_copy.text()} of a copy); rpc {rpc.text(1e3, ' ms')}: {times.text()} x"
             )
             samples[f"{name}-{workers}"] = found
             if workers == 1:
@@ -105,6 +118,8 @@ def pushpull(rounds: int, quick: bool, say: Any) -> tuple[dict[str, Any], dict[s
                 figures[key] = round(times.median, 2)
                 if name == "25MB":
                     figures["pushpull_25MB_GBps"] = round(speed.median, 2)
+                if name == "100MB":
+                    figures["pushpull_100MB_over_copy"] = round(of_copy.median, 2)
     return figures, samples
 
 
