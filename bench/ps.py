@@ -4,11 +4,12 @@
 
 pushpull: one worker (and four) pushes a gradient of 4 KB, 1, 25 and 100 MB, and has the new parameters; over the quickest of the peers, a server
 of torch.distributed.rpc and an actor of Ray.
-Ours is a run of `ps` on a task that computes nothing: the seconds of its steps outside of computing. GB/s are of both ways together.
+Ours is a run of `ps` on a task that computes nothing: the seconds of its steps outside of computing. GB/s are of both ways together, beside
+what one process copies (the best of ten), which bounds them: a gradient is written once, read by the step, and the parameters are copied out.
 stragglers: in each step one of four workers, drawn by key, sleeps until it is four times as slow; time to one training loss, synchronous over staleness=4.
 sparse: `wordvec` on a table of a million rows; bytes that workers push and read, over the touched rows' own; examples/s over a dense push.
 
-Last line: one JSON object with pushpull_25MB_GBps, vs_best_peer_1MB, vs_best_peer_25MB, rtt_vs_best_peer, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
+Last line: one JSON object with pushpull_25MB_GBps, pushpull_100MB_over_copy, vs_best_peer_1MB, vs_best_peer_25MB, rtt_vs_best_peer, straggler_gain, sparse_bytes_ratio, sparse_vs_dense.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import PEERS, Sample, machine, peer_extra, peer_python, ratio, run, save
 from torch import Tensor, nn
@@ -79,6 +81,16 @@ def ours_s(numel: int, workers: int, repeats: int) -> float:
     return statistics.median(each)
 
 
+def copy_gbps(numel: int) -> float:
+    source, target = np.ones(numel, np.float32), np.ones(numel, np.float32)
+    seconds = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - begun)
+    return source.nbytes / min(seconds) / 1e9
+
+
 def peer_s(program: str, numel: int, workers: int, repeats: int) -> float:
     said = run([peer_python(), str(PEERS / program), str(numel), str(workers), str(repeats)])
     return statistics.median(json.loads(said.strip().splitlines()[-1]))
@@ -102,17 +114,18 @@ def pushpull(rounds: int, quick: bool, say: Any) -> tuple[dict[str, Any], dict[s
     for workers in (1,) if quick else (1, 4):
         for name in names:
             arms = [("ours", ours_s), *others.items()]
-            found: dict[str, list[float]] = {arm: [] for arm, _ in arms}
+            found: dict[str, list[float]] = {arm: [] for arm, _ in [*arms, ("copy", None)]}
             for number in range(rounds):
                 for arm, measure in arms if number % 2 == 0 else arms[::-1]:
                     found[arm].append(measure(SIZES[name], workers, REPEATS[name] // (4 if quick else 1)))
+                found["copy"].append(copy_gbps(SIZES[name]))
             ours = Sample(found["ours"])
             best = min(others, key=lambda arm: Sample(found[arm]).median)
             speed = Sample([2 * 4 * SIZES[name] / s / 1e9 for s in ours.values])
-            times = ratio(Sample(found[best]), ours)
+            times, of_copy = ratio(Sample(found[best]), ours), ratio(speed, Sample(found["copy"]))
             theirs = ", ".join(f"{arm} {Sample(found[arm]).text(1e3, ' ms')}" for arm in others)
             say(
-                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')}; {theirs}: {times.text()} x of {best}"
+                f"push and pull {name}, {workers} worker(s): {ours.text(1e3, ' ms')}, {speed.text(1, ' GB/s')} ({of_copy.text()} of a copy); {theirs}: {times.text()} x of {best}"
             )
             samples[f"{name}-{workers}"] = found
             if workers == 1:
@@ -120,6 +133,8 @@ def pushpull(rounds: int, quick: bool, say: Any) -> tuple[dict[str, Any], dict[s
                 figures[key] = round(times.median, 2)
                 if name == "25MB":
                     figures["pushpull_25MB_GBps"] = round(speed.median, 2)
+                if name == "100MB":
+                    figures["pushpull_100MB_over_copy"] = round(of_copy.median, 2)
     return figures, samples
 
 

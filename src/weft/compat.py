@@ -62,7 +62,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"deadline={config.deadline_s} is not possible: give seconds, {MIN_DEADLINE_S:g} or more (--deadline)."
         )
-    shares = registry.build(config.pattern, config.pattern_options).shares(config.workers)
+    pattern = registry.build(config.pattern, config.pattern_options)
+    shares = pattern.shares(config.workers)
     if 0 < config.batch < shares:
         raise ConfigError(
             f"batch {config.batch} is smaller than the world of {shares}: the joined batch is shared by all workers, "
@@ -99,7 +100,7 @@ def check(config: Config) -> None:
         raise Incompatible(
             f"--insecure lets several hosts talk in the clear, and the cluster {config.cluster!r} stays on this one: leave it out."
         )
-    if config.workers == 1 and config.link != "auto":
+    if config.workers == 1 and config.link != "auto" and sum(role.count for role in pattern.roles(1)) == 1:
         raise Incompatible(
             f"link {config.link!r} joins workers, and there is only one: leave --link out, or use more workers."
         )

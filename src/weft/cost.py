@@ -143,6 +143,11 @@ def carrier_aside(carrier: str, asked: str) -> str:
     return "tcp" if carrier in ("shm", "gloo", HIERARCHICAL) and asked == AUTO else carrier
 
 
+def carrier_of_frames(carrier: str) -> str:
+    """Of members that may go while others stay, where nobody asked for one: it has an Endpoint."""
+    return carrier if carrier in ("shm", *MESSAGE_CARRIERS) else "tcp"
+
+
 def all_gather_bytes(carrier: str, nbytes: int, world: int, hosts: Sequence[int] = ()) -> int:
     """What one of ``world`` members sends so that all get its ``nbytes``, if all have as many."""
     if carrier == HIERARCHICAL and hosts:

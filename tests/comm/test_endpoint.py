@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from weft.comm import endpoint as endpoint_module
 from weft.comm import tcp, wire
 from weft.comm.endpoint import Arrival, Endpoint, Event, Joined, Lost, Silent
 from weft.comm.inproc import inproc_endpoints
+from weft.comm.shm import Region, ShmEndpoint
 from weft.comm.tcp import TcpEndpoint, listen
 from weft.comm.wire import HEADER_BYTES, Head, Kind, Meta
 from weft.errors import AddressInUse, CommError, ConfigError, DeadlineExceeded, PeerLost
@@ -47,15 +48,19 @@ def in_thread(fn: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class Mesh:
-    """TCP endpoints of one process, and their addresses."""
+    """TCP endpoints of one process, and their addresses; with a heap each of ``heap`` bytes, if that is given."""
 
-    def __init__(self, num_members: int) -> None:
+    def __init__(self, num_members: int, heap: int = 0) -> None:
         listeners = [listen() for _ in range(num_members)]
+        self.region = Region.create(num_members, heap) if heap else None
         self.addresses = {k: sock.getsockname() for k, sock in enumerate(listeners)}
         waits = [in_thread(lambda k=k: self.join(k, listeners[k])) for k in range(num_members)]
         self.members: list[TcpEndpoint] = [wait() for wait in waits]
 
     def join(self, member: int, listener: socket.socket, incarnation: int = 0, rejoin: bool = False) -> TcpEndpoint:
+        if self.region is not None:
+            ranks = {k: k for k in self.addresses}
+            return ShmEndpoint(member, listener, self.addresses, self.region, ranks, DEADLINE_S, incarnation, rejoin)
         return TcpEndpoint(member, listener, self.addresses, DEADLINE_S, incarnation, rejoin)
 
 
@@ -63,9 +68,14 @@ def tcp_endpoints(num_members: int) -> list[Endpoint]:
     return list(Mesh(num_members).members)
 
 
-@pytest.fixture(params=["inproc", "tcp"])
+@pytest.fixture(params=["inproc", "tcp", "shm"])
 def three(request: pytest.FixtureRequest) -> Iterator[list[Endpoint]]:
-    members: list[Endpoint] = tcp_endpoints(3) if request.param == "tcp" else list(inproc_endpoints(3))
+    made: dict[str, Callable[[], Sequence[Endpoint]]] = {
+        "inproc": lambda: inproc_endpoints(3),
+        "tcp": lambda: tcp_endpoints(3),
+        "shm": lambda: Mesh(3, 1 << 20).members,
+    }
+    members = list(made[request.param]())
     yield members
     for member in members:
         member.close()

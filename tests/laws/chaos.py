@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from weft.comm.endpoint import Arrival, Event, Lost, Silent
+from weft.comm.endpoint import Arrival, Event, Lost, Sending, Silent
 from weft.comm.link import SoloLink
 from weft.comm.wire import Head, Kind
 from weft.config import Config, TaskRef
@@ -44,6 +44,7 @@ class Frame:
     head: Head
     payload: Sequence[Any]
     ready: float  # when it may arrive
+    sending: Sending
 
 
 @dataclasses.dataclass
@@ -76,13 +77,20 @@ class Wire:
     def silent(self) -> frozenset[int]:
         return frozenset(p for p in self.peers if self.net.is_silent(self.member, p))
 
-    def isend(self, peer: int, seq: int, meta: bytes, payload: Sequence[Any] = ()) -> None:
+    def memory(self, nbytes: int) -> memoryview:
+        return np.zeros(nbytes, np.uint8).data
+
+    def look(self, peers: Any, doing: object) -> None: ...
+
+    def isend(self, peer: int, seq: int, meta: bytes, payload: Sequence[Any] = ()) -> Sending:
+        sending = Sending(peer)
         if self.closed:  # a generator that is thrown away says goodbye, and who was killed does not
-            return
+            return sending
         self.sent += 1
         self.net.strike(self)
         head = Head(Kind.DATA, self.member, 0, seq, meta, sum(memoryview(p).nbytes for p in payload))
-        self.net.put(self.member, peer, Frame(head, list(payload), 0.0))
+        self.net.put(self.member, peer, Frame(head, list(payload), 0.0, sending))
+        return sending
 
     def recv_any(self, timeout_s: float | None, place: Callable[[Head], Sequence[memoryview]]) -> Event:
         return self.net.wait(self, self.deadline_s if timeout_s is None else timeout_s, place)
@@ -174,6 +182,7 @@ class Net:
             for view in views:
                 view[:] = data[at : at + len(view)]
                 at += len(view)
+            frame.sending.done = True
             self.inbox[me].append(Arrival(sender, frame.head, views))
             if self.dice.random() < 0.7:
                 return

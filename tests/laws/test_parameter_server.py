@@ -369,6 +369,75 @@ def test_a_killed_server_is_restarted(tmp_path: Path) -> None:
     assert distance(found, truth) <= EQUAL
 
 
+# -- payloads that are read where they lie
+
+
+class Roomy(Regression):
+    """Half a megabyte of numbers. ``lent``: its workers must be lent them, or not; None: nobody looks."""
+
+    def __init__(self, lent: bool | None = None) -> None:
+        super().__init__()
+        self.lent = lent
+
+    def model(self) -> nn.Module:
+        take, lent = working.Carrier.take, self.lent
+
+        def watched(carrier: working.Carrier, servers: Any) -> None:
+            assert all(values.flags.owndata is not lent for values in carrier.desk.values.values())
+            take(carrier, servers)
+
+        if lent is not None and take.__name__ != "watched":  # in a worker's process
+            working.Carrier.take = watched  # type: ignore[method-assign]
+        return nn.Sequential(nn.Linear(6, 8000), nn.Tanh(), nn.Linear(8000, 1))
+
+    def optimizer(self, params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("workers", "pattern"),
+    [
+        (1, ParameterServer()),
+        (3, ParameterServer(servers=2)),
+        (2, ParameterServer(clip_norm=0.05)),
+        (1, ParameterServer(servers=2, clip_norm=0.05)),
+    ],
+)
+def test_by_shared_memory_numbers_are_those_over_tcp(tmp_path: Path, workers: int, pattern: ParameterServer) -> None:
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "steps": 6}
+    found = train(tmp_path / "shm", Roomy(lent=True), workers, pattern, **settings)
+    over_tcp = train(tmp_path / "tcp", Roomy(lent=False), workers, pattern, link="tcp", **settings)
+    assert all(torch.equal(found[name], over_tcp[name]) for name in found)
+    truth = train_plainly(Roomy(), steps=6, batch=24, run_seed=3, clip=pattern.clip_norm)
+    assert distance(found, truth) <= EQUAL
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("fault", "servers", "staleness"), [(kill, 1, 0), (kill, 2, 2), (freeze, 1, 2), (freeze, 2, 0)]
+)
+def test_who_goes_takes_no_lent_memory_along(tmp_path: Path, fault: Any, servers: int, staleness: int) -> None:
+    """Gradients do not depend on the parameters: what is torn, or lent twice, gives another result. What is frozen is never written to again."""
+
+    class Steady(Roomy, Constant):
+        loss = Constant.loss
+
+    truth = train_plainly(Steady(), steps=12, batch=24, run_seed=3)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "steps": 12, "link": "shm", "deadline_s": 2.0}
+    pattern, faults = ParameterServer(servers=servers, staleness=staleness), [fault(rank=1, step=4)]
+    assert distance(train(tmp_path, Steady(), 3, pattern, faults=faults, **settings), truth) <= EQUAL
+
+
+@pytest.mark.multiprocess
+def test_a_server_that_is_killed_while_its_values_are_read_is_restarted(tmp_path: Path) -> None:
+    truth = train_plainly(Roomy(), steps=STEPS, batch=24, run_seed=3)
+    settings: dict[str, Any] = {"cluster": "local", "batch": 24, "restarts": 1, "save_every": 4}
+    faults = [kill(rank=3, step=6)]
+    found = train(tmp_path, Roomy(), 2, ParameterServer(servers=2), faults=faults, **settings)
+    assert distance(found, truth) <= EQUAL
+
+
 # -- bad members
 
 
@@ -392,13 +461,12 @@ def misdeed(change: Callable[[messages.Push, list[Any]], tuple[Any, list[Any]]])
     def commit() -> None:
         send = working.Desk.send
 
-        def rogue(self: Any, server: int, message: Any, payload: Any = ()) -> None:
+        def rogue(self: Any, server: int, message: Any, payload: Any = ()) -> Any:
             if isinstance(message, messages.Push):
                 message, payload = change(message, list(payload))
             if isinstance(message, bytes):
-                self.endpoint.isend(server, 0, message, payload)
-            else:
-                send(self, server, message, payload)
+                return self.endpoint.isend(server, 0, message, payload)
+            return send(self, server, message, payload)
 
         working.Desk.send = rogue  # type: ignore[method-assign]
 
@@ -505,7 +573,7 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
         (ParameterServer(servers=40), {}, "servers=40 cannot share.*servers="),
         (ParameterServer(backup_workers=2), {}, "backup_workers=2.*1 at most"),
         (ParameterServer(accumulate=20), {}, "accumulate=20"),
-        (ParameterServer(), {"link": "shm", "cluster": "local"}, "link 'shm'.*--link tcp"),
+        (ParameterServer(), {"link": "gloo", "cluster": "local"}, "link 'gloo'.*--link tcp"),
         (ParameterServer(), {"trace": True}, "--trace"),
         (ParameterServer(), {"check_equivalence": 1}, "--check-equivalence"),
         (ParameterServer(), {"faults": [weft_testing.skip(rank=0, step=1)]}, "fault 'skip'"),

@@ -34,6 +34,7 @@ from weft.comm.last_call import Board, LastCall
 from weft.comm.link import WORLD
 from weft.company import die_with_parent
 from weft.errors import to_wire
+from weft.usage import memory_left
 
 if TYPE_CHECKING:
     from weft.comm.endpoint import Endpoint
@@ -56,8 +57,9 @@ class Transport:
         if spec.carrier == "shm":
             from weft.comm.shm import Region
 
-            self.region = Region.create(spec.world, spec.nbytes)
-        elif spec.carrier == "tcp" and spec.store is None:
+            most = memory_left() // (2 * spec.world)  # what has no room in a heap of frames travels through sockets
+            self.region = Region.create(spec.world, min(spec.nbytes, most) if spec.frames else spec.nbytes)
+        if (spec.carrier == "tcp" and spec.store is None) or (self.region is not None and spec.frames):
             from weft.comm.tcp import listen
 
             try:
@@ -112,7 +114,8 @@ class Transport:
         return TorchDistLink(rank, spec.world, backend=backend, store=meet, host=spec.host, **limits)
 
     def endpoint(self, rank: int) -> Endpoint:
-        """Over TCP; ``members`` names everybody."""
+        """``members`` names everybody."""
+        from weft.comm.shm import ShmEndpoint
         from weft.comm.tcp import TcpEndpoint
 
         spec = self.spec
@@ -121,6 +124,9 @@ class Transport:
         for other, listener in enumerate(self.listeners):
             if other != rank:
                 listener.close()
+        if self.region is not None:
+            ranks = {member: rank for rank, member in enumerate(members)}
+            return ShmEndpoint(members[rank], self.listeners[rank], addresses, self.region, ranks, spec.deadline_s)
         return TcpEndpoint(members[rank], self.listeners[rank], addresses, spec.deadline_s)
 
     def mark_dead(self, member: int) -> None:

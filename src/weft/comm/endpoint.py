@@ -117,7 +117,7 @@ class _ReceivingAny(Receiving):
 
     def begin(self, head: Head) -> None:
         super().begin(head)
-        self._head = head
+        self._head = head if head.lent is None else head._replace(lent=None)  # which is given back when the views are
 
     def finish(self) -> None:
         super().finish()
@@ -179,6 +179,11 @@ class Endpoint(ABC):
     @abstractmethod
     def close(self, error: CommError | None = None) -> None:
         """Say goodbye, and why, if with an error; release everything. Safe to call twice."""
+
+    def memory(self, nbytes: int) -> memoryview:
+        """Zeros to send from, for as long as this endpoint is there: in memory that peers map, if there is such and room in it, where a frame
+        that begins with it is read (and not ``done`` before)."""
+        return np.zeros(nbytes, np.uint8).data
 
     def pace(self, bytes_per_s: float) -> None:
         """Send no more than this to each peer present, from now on."""

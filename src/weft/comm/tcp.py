@@ -97,7 +97,7 @@ class _Queued:
             num_bytes -= len(first)
 
 
-class _Connection:
+class Connection:
     """One socket and what is under way on it. ``peer`` is None until its HELLO has come."""
 
     def __init__(self, sock: socket.socket, expected: int | None) -> None:
@@ -171,8 +171,8 @@ class TcpEndpoint(Endpoint):
         super().__init__(member, incarnation, deadline_s)
         self._members = frozenset(addresses) - {member}
         self._selector = selectors.DefaultSelector()
-        self._connected: dict[int, _Connection] = {}
-        self._strangers: dict[_Connection, None] = {}  # in order of arrival
+        self._connected: dict[int, Connection] = {}
+        self._strangers: dict[Connection, None] = {}  # in order of arrival
         self._newest: dict[int, int] = {}  # incarnation of each member, also of those that are gone
         self._closed = False
         self._glanced = 0.0
@@ -224,7 +224,7 @@ class TcpEndpoint(Endpoint):
         """A new connection: both sides say hello at once."""
         if len(self._strangers) == MAX_STRANGERS:
             self._drop(next(iter(self._strangers)), "too many connections that do not say who they are")
-        connection = _Connection(sock, expected)
+        connection = Connection(sock, expected)
         self._strangers[connection] = None
         self._selector.register(sock, READ, connection)
         self._queue(connection, self._control(Kind.HELLO), ())
@@ -235,7 +235,7 @@ class TcpEndpoint(Endpoint):
     def peers(self) -> tuple[int, ...]:
         return tuple(sorted(self._connected))
 
-    def _connection(self, peer: int) -> _Connection:
+    def _connection(self, peer: int) -> Connection:
         if peer not in self._connected:
             reason = self._lost[peer].reason if peer in self._lost else "it never was"
             raise PeerLost(f"member {peer} is not connected to member {self.member} ({reason})", (peer,))
@@ -247,7 +247,7 @@ class TcpEndpoint(Endpoint):
     def _send(self, peer: int, head: Head, payload: Sequence[memoryview]) -> Sending:
         return self._queue(self._connection(peer), head, payload)
 
-    def _queue(self, connection: _Connection, head: Head, payload: Sequence[memoryview]) -> Sending:
+    def _queue(self, connection: Connection, head: Head, payload: Sequence[memoryview]) -> Sending:
         sending = Sending(-1 if connection.peer is None else connection.peer)
         is_data = head.kind is Kind.DATA
         if connection.deaf and not is_data:
@@ -282,7 +282,7 @@ class TcpEndpoint(Endpoint):
                         self._read(connection)
 
     @contextmanager
-    def _serving(self, connection: _Connection) -> Iterator[None]:
+    def _serving(self, connection: Connection) -> Iterator[None]:
         """What goes wrong with the connection ends the connection, not the caller."""
         try:
             yield
@@ -292,7 +292,7 @@ class TcpEndpoint(Endpoint):
             if not connection.dropped:
                 self._update_interest(connection)
 
-    def _update_interest(self, connection: _Connection) -> None:
+    def _update_interest(self, connection: Connection) -> None:
         events = (0 if connection.held else READ) | (WRITE if connection.out else 0)
         if events == connection.interest:
             return
@@ -304,7 +304,7 @@ class TcpEndpoint(Endpoint):
             self._selector.modify(connection.sock, events, connection)
         connection.interest = events
 
-    def _drop(self, connection: _Connection, reason: str, left: bool = False, error: CommError | None = None) -> None:
+    def _drop(self, connection: Connection, reason: str, left: bool = False, error: CommError | None = None) -> None:
         if connection.dropped:
             return
         connection.dropped = True
@@ -316,7 +316,7 @@ class TcpEndpoint(Endpoint):
             del self._connected[connection.peer]
             self._has_lost(Lost(connection.peer, connection.incarnation, reason, left, error))
 
-    def _write(self, connection: _Connection) -> None:
+    def _write(self, connection: Connection) -> None:
         try:
             connection.write()
         except OSError:
@@ -329,7 +329,7 @@ class TcpEndpoint(Endpoint):
                     pass
             raise
 
-    def _read(self, connection: _Connection) -> bool:
+    def _read(self, connection: Connection) -> bool:
         """Up to the end of a frame (True), or of this connection's turn, or of what is there."""
         reader = connection.reader
         connection.held = False
@@ -362,21 +362,15 @@ class TcpEndpoint(Endpoint):
             if connection.peer is not None:
                 self._heard[connection.peer] = time.monotonic()
             budget -= num_bytes
-            with _garbage_is_a_broken_connection():
+            with garbage_is_a_broken_connection():
                 reader.advance(num_bytes)
         return False
 
-    def _take_head(self, connection: _Connection, head: Head) -> bool:
+    def _take_head(self, connection: Connection, head: Head) -> bool:
         """Act on a head. False: a payload that nobody wants yet."""
         peer = connection.peer
-        if head.kind is Kind.DATA and peer is not None and _is_from(head, connection):
-            by_name = bool(self._posted.get(peer))
-            try:
-                receiving = self._taker(peer, head)
-            except CommError as refusal:
-                if by_name or self._place_any is None:  # the error of the call under way
-                    raise
-                raise ConnectionResetError(f"its frame was refused: {refusal}") from refusal
+        if head.kind is Kind.DATA and peer is not None and is_from(head, connection):
+            receiving = self._receiving(peer, head)
             if receiving is None:
                 return False
             connection.filling = receiving
@@ -395,14 +389,24 @@ class TcpEndpoint(Endpoint):
         elif head.kind in (Kind.PING, Kind.PONG):
             self._answer(peer, head)
         elif head.kind is Kind.GOODBYE:
-            with _garbage_is_a_broken_connection():
+            with garbage_is_a_broken_connection():
                 error = error_in(head)
             self._drop(connection, "it closed its link", left=True, error=error)
         else:
             raise ConnectionResetError(f"unexpected {head.kind.name}")
         return True
 
-    def _meet(self, connection: _Connection, hello: Head) -> None:
+    def _receiving(self, peer: int, head: Head) -> Receiving | None:
+        """Who takes this frame. What ``recv_any`` is refused to place ends the connection."""
+        by_name = bool(self._posted.get(peer))
+        try:
+            return self._taker(peer, head)
+        except CommError as refusal:
+            if by_name or self._place_any is None:  # the error of the call under way
+                raise
+            raise ConnectionResetError(f"its frame was refused: {refusal}") from refusal
+
+    def _meet(self, connection: Connection, hello: Head) -> None:
         """A stranger says who it is. An incarnation that is not newer than the last one seen is a ghost: refused."""
         peer = hello.sender
         if hello.kind is not Kind.HELLO or peer not in self._members or connection.expected not in (None, peer):
@@ -442,7 +446,7 @@ class TcpEndpoint(Endpoint):
         self._selector.close()
         self._listener.close()
 
-    def _flush(self, connections: set[_Connection]) -> None:
+    def _flush(self, connections: set[Connection]) -> None:
         """Until the peers' kernels have all of it. What comes meanwhile is thrown away: a socket that is closed before it is read takes back what it
         has not delivered."""
         until = time.monotonic() + self.deadline_s
@@ -493,12 +497,12 @@ def _let_go_of_what_is_the_parents() -> None:
 os.register_at_fork(after_in_child=_let_go_of_what_is_the_parents)
 
 
-def _is_from(head: Head, connection: _Connection) -> bool:
+def is_from(head: Head, connection: Connection) -> bool:
     return head.sender == connection.peer and head.incarnation == connection.incarnation
 
 
 @contextmanager
-def _garbage_is_a_broken_connection() -> Iterator[None]:
+def garbage_is_a_broken_connection() -> Iterator[None]:
     try:
         yield
     except CommError as error:

@@ -31,6 +31,8 @@ class Kind(IntEnum):
     PING = 3  # "are you there?", answered by PONG
     PONG = 4  # a sign of life, asked for or not
     GOODBYE = 5  # last on every connection; its metadata may carry the error that made the sender leave
+    LENT = 6  # DATA whose payload begins in memory that both map: its metadata begins with where
+    RETURN = 7  # what was lent is not read any more
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -68,7 +70,8 @@ def decode_meta(data: bytes) -> Meta:
 
 
 class Head(NamedTuple):
-    """A frame but for its payload. ``meta`` is left encoded: equal calls have equal bytes."""
+    """A frame but for its payload. ``meta`` is left encoded: equal calls have equal bytes. ``lent``: the payload's beginning, where the
+    sender has it; who places this very view as the first reads it there, and gives it back by letting go of all that was made of it."""
 
     kind: Kind
     sender: int
@@ -76,6 +79,7 @@ class Head(NamedTuple):
     seq: int
     meta: bytes
     payload_bytes: int
+    lent: memoryview | None = None
 
 
 def encode_head(head: Head) -> bytes:

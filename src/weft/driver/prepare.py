@@ -78,8 +78,10 @@ def prepare(
     num_members = len(numbered(pattern.roles(config.workers)))
     chosen, why = pick_carrier(config.cluster, config.link, num_members, facts.device)
     if comes_and_goes and config.link == cost.AUTO:
-        chosen = cost.carrier_aside(chosen, config.link)
-        why = "members may go while others stay"
+        chosen = cost.carrier_of_frames(chosen)
+        why = "members may go while others stay" + "; all on one host: large payloads are read where they lie" * (
+            chosen == "shm"
+        )
     compat.check_collective(config.collective, chosen)
 
     def links_of(pattern: Pattern, facts: Facts, speed: cost.LinkSpeed | None = None) -> list[LinkSpec]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weft.comm.buffers import Buffers, Bytes
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
 from weft.errors import CheckpointError, Incompatible
@@ -24,7 +25,8 @@ from weft.resilience.checkpoint import unlike
 from weft.servers.ranges import Piece
 
 PLACE = 8  # bytes of a row's number
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+BLOCK = 1 << 18  # numbers: joined before they leave the cache
+LARGE = 1 << 22  # bytes: memcpy writes so much past the cache, and torch does not
 
 
 class Flat:
@@ -75,6 +77,10 @@ class Flat:
 
     def memory(self) -> Bytes:
         return np.zeros(self.nbytes, np.uint8)
+
+    def holds(self, lent: memoryview | None) -> bool:
+        """It is such memory, as its sender has it."""
+        return lent is not None and len(lent) == self.nbytes
 
 
 class Table(NamedTuple):
@@ -165,7 +171,8 @@ class Built:
     """What every worker builds for itself, or a checkpoint's: of it a server's holdings are cut, and on the lead a whole one is put together again."""
 
     def __init__(self, ctx: Context) -> None:
-        self.task, self.total_steps = ctx.task, ctx.total_steps
+        assert ctx.endpoint is not None
+        self.task, self.total_steps, self.endpoint = ctx.task, ctx.total_steps, ctx.endpoint
         config = ctx.config
         seed_everything(key_int(config.seed, "data"))
         self.train, _ = self.task.data()  # it may draw what model() draws after it
@@ -215,11 +222,11 @@ class Holding:
             )
         self.version = built.version
         self.square = 0.0  # of the norm of what is joined, or was stepped by last
-        self.memory = flat.memory()
+        self.buffers = Buffers(built.endpoint, flat.nbytes)
+        self.memory = self.buffers.take()
         self.values, self.running = flat.views(self.memory)
         self._take_pieces(built)
-        self.versions: dict[int, Bytes] = {}  # as they were read, for as long as somebody is at work on them
-        self._spare: list[Bytes] = []
+        self.versions: dict[int, Bytes] = {}  # as they were read; the newest is ``memory`` itself
         self.take(flat.memory(), frozenset(), [])
 
     @torch.no_grad()
@@ -256,18 +263,30 @@ class Holding:
     # -- versions
 
     def read(self) -> Bytes:
-        """The values as they are now, which stay so until ``forget``."""
-        if self.version not in self.versions:
-            copy = self._spare.pop() if self._spare else self.flat.memory()
-            np.copyto(copy, self.memory)
-            self.versions[self.version] = copy
-        return self.versions[self.version]
+        """The values as they are now, to be sent (tell ``buffers``): they stay so until nobody reads them, and ``forget``."""
+        self.versions[self.version] = self.memory
+        return self.memory
 
     def forget(self, needed: Iterable[int]) -> None:
-        """All versions but these, and the newest."""
-        keep = {self.version, *needed}
+        """All versions but these, if they are looked at again, and the newest."""
+        keep = {self.version, *(needed if self.pattern.correction == "dc" else ())}
         for version in [v for v in self.versions if v not in keep]:
-            self._spare.append(self.versions.pop(version))
+            self.buffers.leave(self.versions.pop(version))
+
+    def _make_room(self) -> None:
+        """What is stepped must not be what somebody reads, or what is needed as it was."""
+        if self.version not in self.versions:
+            return
+        if self.pattern.correction != "dc" and not self.buffers.is_read(self.memory):
+            del self.versions[self.version]
+            return
+        fresh = self.buffers.take()
+        np.copyto(fresh, self.memory)
+        self.memory = fresh
+        self.values, self.running = self.flat.views(fresh)
+        for piece, values in zip(self.flat.pieces, self.values, strict=True):
+            p = self.stepped[piece.name]
+            p.data = values.view(p.shape)
 
     # -- an update
 
@@ -275,30 +294,43 @@ class Holding:
         """A joined gradient, to be the next step. ``absent``: places of pieces that have none."""
         self.joined, self.absent, self.rows = memory, absent, list(rows)
         self.grads, self.joined_running = self.flat.views(memory)
+        self.summed = self.grads  # by piece: what is stepped by
 
     @torch.no_grad()
     def join(self, pushed: Sequence[Pushed], factor: float) -> None:
         """The shares' sum times ``factor``, in the order in which they are given."""
-        kind = self.pattern.correction
-        targets = self.flat.parameters(self.joined)
-        now = self.flat.parameters(self.memory)
-        for k, each in enumerate(pushed):
-            late, sources = self.version - each.version, self.flat.parameters(each.memory)
-            scale = self._scale(each)
-            if kind == "dc" and late:
-                read = self.flat.parameters(self.versions[each.version])
-                sources = [moved(g, w - r, self.pattern.dc_lambda) for g, w, r in zip(sources, now, read, strict=True)]
-            for target, source in zip(targets, sources, strict=True):
-                if k == 0:
-                    torch.mul(source, scale, out=target)
-                else:
-                    target.add_(source, alpha=scale)
-        if factor != 1.0:
-            for target in targets:
-                target.mul_(factor)
         self._join_running(pushed)
         self.rows = [self._joined_rows(k, pushed, factor) for k in range(len(self.tables))]
         self.absent = frozenset.intersection(*(each.absent for each in pushed))
+        self.summed = self._summed(pushed, factor)
+
+    def _summed(self, pushed: Sequence[Pushed], factor: float) -> list[Tensor]:
+        """By piece. Of a single share it is what was pushed, where it lies, if that is all that is done with it."""
+        dc, alone = self.pattern.correction == "dc", not self.pattern.waits
+        scales = [self._scale(each) for each in pushed]
+        late = [dc and each.version < self.version for each in pushed]
+        if len(pushed) == 1 and alone and not late[0] and scales[0] * factor == 1.0:
+            return self.flat.views(pushed[0].memory)[0]
+        targets, now = self.flat.parameters(self.joined), self.flat.parameters(self.memory)
+        given = [self.flat.parameters(each.memory) for each in pushed]
+        read = [
+            self.flat.parameters(self.versions[each.version]) if is_late else now
+            for each, is_late in zip(pushed, late, strict=True)
+        ]
+        for t, target in enumerate(targets):
+            for low in range(0, len(target), BLOCK):
+                part = slice(low, low + BLOCK)
+                for k, scale in enumerate(scales):
+                    g = given[k][t][part]
+                    if late[k]:
+                        g = moved(g, now[t][part] - read[k][t][part], self.pattern.dc_lambda)
+                    if k == 0:
+                        torch.mul(g, scale, out=target[part])
+                    else:
+                        target[part].add_(g, alpha=scale)
+                if factor != 1.0:
+                    target[part].mul_(factor)
+        return self.grads
 
     def _joined_rows(self, k: int, pushed: Sequence[Pushed], factor: float) -> SomeRows:
         """The same of a table: rows that several have touched add up."""
@@ -336,7 +368,8 @@ class Holding:
         if scale != 1.0:
             for target in self.flat.parameters(self.joined):
                 target.mul_(scale)
-        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.grads, strict=True)):
+        self._make_room()
+        for k, (piece, grad) in enumerate(zip(self.flat.pieces, self.summed, strict=True)):
             p = self.stepped[piece.name]
             p.grad = None if k in self.absent else grad.view(p.shape)
         for (piece, _, _), rows in zip(self.flat.tables, self.rows, strict=True):
@@ -346,6 +379,9 @@ class Holding:
                 rows.places[None], values, p.shape, is_coalesced=True, check_invariants=False
             )
         self.optimizer.step()
+        for p in self.stepped.values():
+            p.grad = None  # it may be a worker's memory
+        self.summed = self.grads
         if self.schedule is not None:
             self.schedule.step()
         for running, joined in zip(self.running, self.joined_running, strict=True):
@@ -409,6 +445,20 @@ def moved(grad: Tensor, way: Tensor, strength: float) -> Tensor:
     with m = 0). In proportion to g, so that it is the same however a batch is cut into shares. We depart: what is added is |g| at most, as
     the model of the curvature holds near where g was computed; so no number turns round, or more than doubles."""
     return grad.addcmul(grad.abs(), way.mul(strength).clamp_(-1, 1))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Flat tensors, each into its own."""
+    small = [k for k, target in enumerate(targets) if target.nbytes < LARGE]
+    if small:
+        torch._foreach_copy_([targets[k] for k in small], [sources[k] for k in small])
+    for target, source in zip(targets, sources, strict=True):
+        if target.nbytes >= LARGE:
+            np.copyto(numbers_of(target), numbers_of(source))
+
+
+def numbers_of(flat: Tensor) -> Bytes:
+    return cast(Bytes, flat.detach().view(torch.uint8).numpy())
 
 
 def held_of(flat: Flat) -> list[tuple[Piece, int]]:

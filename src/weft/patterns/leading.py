@@ -79,11 +79,6 @@ class Lead(Server):
     def others(self) -> list[int]:
         return [server for server in sorted(self.voter.view.servers) if server != self.rank]
 
-    @property
-    def waits(self) -> bool:
-        """Nothing is applied before all have it joined."""
-        return self.pattern.replicas > 1 or self.pattern.clips
-
     def run(self) -> Iterator[SafePoint]:
         try:
             yield from self.lead()
@@ -181,13 +176,23 @@ class Lead(Server):
             self.sums.setdefault(ask.part, np.frombuffer(payload[0], np.float64))
         self.hand_out()
 
+    def acknowledge(self, peer: int, push: m.Push) -> None:
+        if push.done is None:
+            super().acknowledge(peer, push)
+        else:
+            self.on_ask(peer, m.Ask(push.epoch, push.done), ())
+
     def payload_of(self, message: m.Any) -> int:
         if isinstance(message, m.Ask) and message.part is not None:
             return self.totals.flat.nbytes
         return super().payload_of(message)
 
     def refusal_now(self, message: m.Any, sender: int) -> str:
-        if isinstance(message, m.Ask) and (done := message.done) is not None:
+        if isinstance(message, m.Ask | m.Push) and (done := message.done) is not None:
+            if isinstance(message, m.Push) and (
+                len(self.flats) > 1 or (done.batch, done.share) != (message.batch, message.share)
+            ):
+                return f"worker {sender} pushed share {message.share} of batch {message.batch}, and says that all is done of another"
             if not (math.isfinite(done.loss) and 0 <= done.weight < math.inf and done.drawn > 0):
                 return f"worker {sender} has a loss of {done.loss} over {done.weight} of {done.drawn} examples"
             if not 0 <= done.version <= self.ordered:
@@ -201,7 +206,16 @@ class Lead(Server):
             order = self.work_for(worker)
             if order is not None:
                 self.idle.remove(worker)
-                self.send(worker, order)
+                self.give(worker, order)
+
+    def give(self, worker: int, order: m.Train | m.Evaluate) -> None:
+        """With shard 0 as it is now, if that will do."""
+        first = self.shards[0] if self.voter.view.chains[0][0] == self.rank else None
+        if first is None or isinstance(order, m.Evaluate) or order.version > first.holding.version:
+            self.send(worker, order)
+            return
+        given = msgspec.structs.replace(order, given=first.holding.version)
+        self.send_values(worker, first, given, first.reading.get(worker, -1))
 
     def work_for(self, worker: int) -> m.Train | m.Evaluate | None:
         left = [part for part, who in self.taken.items() if who is None and part not in self.sums]
@@ -246,8 +260,8 @@ class Lead(Server):
             self.report.examples = dones[0].drawn
             self.report.staleness = [self.ordered - done.version for done in dones]
             self.ordered += 1
-            self.joining = self.waits
-            close = m.Close(self.epoch, self.ordered, batch, shares, dones[0].drawn / weight, self.waits)
+            self.joining = self.pattern.waits
+            close = m.Close(self.epoch, self.ordered, batch, shares, dones[0].drawn / weight, self.pattern.waits)
             for other in self.others:
                 self.send(other, close)
             self.on_close(self.rank, close, ())
@@ -398,7 +412,7 @@ class Replicated(Lead):
                     self.applied.clear()
                     self.follow(self.version)
                     yield from self.lead()
-                    if self.leads and not self.left:
+                    if self.has_ended():
                         self.finish()
                         return
                     continue
@@ -411,6 +425,10 @@ class Replicated(Lead):
             if self.leads:
                 self.finish()
             raise
+
+    def has_ended(self) -> bool:
+        """It did not stop leading for another who does."""
+        return self.leads and not self.left
 
     def at_pause(self, version: int, report: StepReport) -> Iterator[SafePoint]:
         self.pausing = True
@@ -500,7 +518,7 @@ class Replicated(Lead):
             if self.rank in view.chains[number] and (number, self.rank) not in fresh:
                 self.bring(shard, install)
             else:
-                shard.drop(self.spare[number])
+                shard.drop()
                 del self.shards[number]
         self.version, self.open_from, self.closed, self.pending = (
             install.version,
@@ -525,7 +543,7 @@ class Replicated(Lead):
         """To the version that all go to."""
         if shard.joined is not None and shard.joined.version == install.version:
             shard.holding.step(self.scale(install.norm))
-        shard.drop(self.spare[shard.number])
+        shard.drop()
         shard.holding.take(
             shard.flat.memory(), frozenset(), []
         )  # one that is left out may still be sent what was joined

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from weft.events import Event
 
 SERVER = "server"
-CARRIERS = ("tcp", "inproc")
+CARRIERS = ("shm", "tcp", "inproc")
+MOST_AHEAD = 8  # pushes of one worker that lie in shared memory; more go through sockets
 ROWWISE = ("SparseAdam",)  # beside ELEMENTWISE: each number by itself, of sparse gradients
 
 
@@ -117,6 +118,11 @@ class ParameterServer(Pattern):
         return self.clip_norm is not None
 
     @property
+    def waits(self) -> bool:
+        """Nothing of an update is applied before all servers have it joined."""
+        return self.replicas > 1 or self.clips
+
+    @property
     def bound(self) -> int | None:
         return None if self.staleness == "none" else self.staleness
 
@@ -191,7 +197,13 @@ class ParameterServer(Pattern):
         return ranges.cut(sizes, self.servers) if self.cuts(facts) else ranges.whole(sizes, self.servers)
 
     def groups(self, facts: Facts, workers: int) -> list[Group]:
-        return [Group(WORLD, tuple(range(workers + self.servers)), 0, frames=True)]
+        return [Group(WORLD, tuple(range(workers + self.servers)), self.heap_bytes(facts, workers), frames=True)]
+
+    def heap_bytes(self, facts: Facts, workers: int) -> int:
+        """What a member sends from at once: a worker, pushes that wait for their batch; a server, what workers are still reading."""
+        dense = sum(p.nbytes for p in facts.params if p.trainable and not p.sparse) + facts.running_bytes
+        ahead = MOST_AHEAD if self.bound is None else min(self.bound, MOST_AHEAD)
+        return max((2 + ahead) * dense, (2 + workers) * -(-dense // self.servers))
 
     def differs(self, facts: Facts, steps: int) -> str:
         return (

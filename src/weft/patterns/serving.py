@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 import torch
 
-from weft.comm.endpoint import Arrival, Lost, Silent
+from weft.comm.buffers import Bytes
+from weft.comm.endpoint import Arrival, Lost, Sending, Silent
 from weft.comm.wire import Head
 from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.holding import (
     PLACE,
     Built,
-    Bytes,
     Flat,
     Holding,
     Pushed,
@@ -75,9 +75,8 @@ class Shard:
         """Versions that nobody is at work on."""
         self.holding.forget([*self.reading.values(), *(p.version for p in self.held.values())])
 
-    def drop(self, spare: list[Bytes]) -> None:
+    def drop(self) -> None:
         """All that is not applied."""
-        spare += [each.memory for each in self.held.values()]
         self.held, self.waiting, self.joined = {}, [], None
         self.reading = {}
         self.forget()
@@ -152,7 +151,7 @@ class Server:
             if self.is_current(peer, message):
                 self.handler(message)(peer, message, memory, rows)
             else:
-                self.spare[message.shard].append(memory)
+                self.keep(message.shard, memory)
         elif self.is_current(peer, message):
             self.handler(message)(peer, message, payload)
 
@@ -175,9 +174,15 @@ class Server:
             raise CommError(f"{why}; it was a {type(message).__name__}", (head.sender,))
         if isinstance(message, m.Push | m.Copy):
             flat, spare = self.flats[message.shard], self.spare[message.shard]
-            memory = spare.pop() if spare else flat.memory()
             rows = np.empty(head.payload_bytes - flat.nbytes, np.uint8)
-            self.placed.setdefault(head.sender, deque()).append((memory, rows))
+            placed = self.placed.setdefault(head.sender, deque())
+            if isinstance(message, m.Push) and head.lent is not None and flat.holds(head.lent):
+                placed.append(
+                    (np.frombuffer(head.lent, np.uint8), rows)
+                )  # read where the worker has it, who leaves it as it is
+                return [head.lent, rows.data]
+            memory = spare.pop() if spare else flat.memory()
+            placed.append((memory, rows))
             return [memory.data, rows.data]
         return [np.empty(head.payload_bytes, np.uint8).data] if head.payload_bytes else []
 
@@ -262,18 +267,19 @@ class Server:
             return f"worker {worker} pushed a weight of {push.weight}"
         return ""
 
-    def send(self, peer: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
+    def send(self, peer: int, message: m.Any, payload: Sequence[Any] = ()) -> Sending | None:
         """To one that may have gone: it is told of by an event."""
         if peer == self.rank:
             self.own.append(message)
-            return
+            return None
         if peer not in self.endpoint.peers:
-            return
+            return None
         self.seq += 1
         meta = m.encode(message)
-        self.endpoint.isend(peer, self.seq, meta, payload)
+        sending = self.endpoint.isend(peer, self.seq, meta, payload)
         self.bytes_sent += len(meta) + sum(len(each) for each in payload)
         self.messages += 1
+        return sending
 
     @property
     def epoch(self) -> int:
@@ -283,14 +289,17 @@ class Server:
 
     def on_pull(self, peer: int, pull: m.Pull, payload: Any) -> None:
         shard = self.shards[pull.shard]
-        version = shard.holding.version
-        if pull.version > version:
+        if pull.version > shard.holding.version:
             shard.waiting.append((peer, pull, payload))
             return
-        shard.reading[peer] = version
+        self.send_values(peer, shard, m.Values(self.epoch, pull.shard, shard.holding.version), pull.has)
+
+    def send_values(self, peer: int, shard: Shard, message: m.Values | m.Train, has: int) -> None:
+        version = shard.reading[peer] = shard.holding.version
         values = shard.holding.read()  # dc will look at them again
-        answer = m.Values(self.epoch, pull.shard, version)
-        self.send(peer, answer, [] if pull.has == version else [values.data])
+        sending = self.send(peer, message, [] if has == version else [values.data])
+        if sending is not None:
+            shard.holding.buffers.sent(values, sending)
 
     def on_look(self, peer: int, look: m.Look, payload: Sequence[memoryview]) -> None:
         shard = self.shards[look.shard]
@@ -304,6 +313,11 @@ class Server:
             return
         self.send(peer, m.Rows(self.epoch, look.shard, look.table), [bytes_of(table[places])])
 
+    def keep(self, shard: int, memory: Bytes) -> None:
+        """For another push, if it is ours."""
+        if memory.flags.owndata:
+            self.spare[shard].append(memory)
+
     def refuse(self, peer: int, why: str) -> None:
         """What only its payload shows."""
         self.ctx.tell("warning", text=f"{why}: refused")
@@ -314,15 +328,18 @@ class Server:
         rows = rows_in(row_memory, shard.flat.tables, push.rows)
         for some, table in zip(rows, shard.holding.tables, strict=True):
             if not are_places(some.places, len(table)):
-                self.spare[push.shard].append(memory)
+                self.keep(push.shard, memory)
                 self.refuse(peer, f"worker {peer} pushed beyond the {len(table)} rows of a table")
                 return
         if share in shard.held or self.is_closed(push.batch):  # another has done it meanwhile, or this is said again
-            self.spare[push.shard].append(memory)
+            self.keep(push.shard, memory)
         else:
             pushed = Pushed(memory, push.version, push.weight, peer, frozenset(push.absent), rows)
             check_finite(shard.flat, pushed, push.batch)
             shard.held[share] = pushed
+        self.acknowledge(peer, push)
+
+    def acknowledge(self, peer: int, push: m.Push) -> None:
         self.send(peer, m.Ack(self.epoch, push.shard, push.batch, push.share))
 
     def is_closed(self, batch: int) -> bool:
@@ -349,7 +366,8 @@ class Server:
         pushed = [shard.held.pop(Share(close.batch, share)) for share in close.shares]
         shard.holding.join(pushed, close.factor)
         others = [share for share in shard.held if share.batch == close.batch]  # that nobody waits for
-        self.spare[shard.number] += [each.memory for each in pushed] + [shard.held.pop(s).memory for s in others]
+        for each in [*pushed, *(shard.held.pop(share) for share in others)]:
+            self.keep(shard.number, each.memory)
         shard.joined = Step(close.version, close.batch)
         if close.wait:
             shard.holding.measure()

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from weft.comm.endpoint import Arrival, Lost, Silent
+from weft.comm.buffers import Buffers, Bytes
+from weft.comm.endpoint import Arrival, Lost, Sending, Silent
 from weft.comm.wire import Head
 from weft.config import FIRST_PART
 from weft.data.keys import key_int
@@ -25,7 +26,7 @@ from weft.data.sampler import Draw
 from weft.errors import CommError, DeadlineExceeded, PeerLost, TaskError
 from weft.patterns.base import Context, SafePoint, StepReport
 from weft.patterns.feeds import Feed, make_feed
-from weft.patterns.holding import Bytes, Flat, SomeRows, describe, flats, untrained
+from weft.patterns.holding import Flat, SomeRows, copy_all, describe, flats, untrained
 from weft.patterns.parameter_server import ParameterServer
 from weft.patterns.randomness import seed_everything
 from weft.patterns.training import Replica
@@ -131,7 +132,8 @@ class Desk:
         self.replicated = pattern.replicas > 1
         for server in self.servers:
             self.endpoint.patience[server] = self.detect_s
-        self.grads = [flat.memory() for flat in own]
+        self.buffers = [Buffers(self.endpoint, flat.nbytes) for flat in own]
+        self.grads: list[Bytes] = []
         self.gone_since: float | None = None
         self.reasons: dict[int, str] = {}
         self.seq = self.bytes_sent = self.messages = 0
@@ -140,7 +142,8 @@ class Desk:
 
     def forget(self) -> None:
         """What was read. Memory of its own: what an earlier server still sends may come into the old one."""
-        self.values = [flat.memory() for flat in self.flats]
+        self.values: dict[int, Bytes] = {}  # by shard, what came of it: its server's own memory, if that is here
+        self._taken: dict[int, Bytes] = {}  # where values are put that are not read where they lie
         self.has = [-1] * len(self.flats)
 
     @property
@@ -151,15 +154,16 @@ class Desk:
     def epoch(self) -> int:
         return self.voter.view.epoch
 
-    def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> None:
+    def send(self, server: int, message: m.Any, payload: Sequence[Any] = ()) -> Sending | None:
         """To one that may have gone: then somebody follows it, or ``hear`` says that nobody does."""
         if self.replicated and server not in self.endpoint.peers:
-            return
+            return None
         self.seq += 1
         meta = m.encode(message)
-        self.endpoint.isend(server, self.seq, meta, payload)
+        sending = self.endpoint.isend(server, self.seq, meta, payload)
         self.bytes_sent += len(meta) + sum(len(each) for each in payload)
         self.messages += 1
+        return sending
 
     def hear(self) -> tuple[int, Any]:
         """The next message that is of this epoch: (who, what). A server that is slow is waited for; one that is gone or silent is an error, unless
@@ -233,8 +237,15 @@ class Desk:
                 f"{head.payload_bytes} bytes come with {type(message).__name__}, where {expected} belong",
                 (head.sender,),
             )
-        if isinstance(message, m.Values) and message.epoch == self.epoch:
-            return [self.values[message.shard].data]
+        if isinstance(message, m.Values | m.Train) and message.epoch == self.epoch:
+            shard = message.shard if isinstance(message, m.Values) else 0
+            if head.lent is not None and self.flats[shard].holds(head.lent):
+                self.values[shard] = np.frombuffer(head.lent, np.uint8)
+                return [head.lent]
+            if shard not in self._taken:
+                self._taken[shard] = self.flats[shard].memory()
+            self.values[shard] = self._taken[shard]
+            return [self.values[shard].data]
         memory = np.empty(head.payload_bytes, np.uint8)
         if isinstance(message, m.Rows) and message.epoch == self.epoch:
             self.rows = memory
@@ -245,6 +256,8 @@ class Desk:
     def _expected_bytes(self, message: m.Any) -> int:
         if isinstance(message, m.Values) and 0 <= message.shard < len(self.flats):
             return self.flats[message.shard].nbytes
+        if isinstance(message, m.Train) and message.given >= 0:
+            return self.flats[0].nbytes
         if isinstance(message, m.Rows):
             return self.looked_bytes
         return self.welcome_bytes if isinstance(message, m.Welcome) else 0
@@ -272,24 +285,31 @@ class Desk:
                 continue
             return self.welcome
 
-    def ask(self, done: m.Done | None, part: Part | None) -> m.Train | m.Evaluate | m.Finish:
-        if part is None:
+    def ask(self, done: m.Done | None, part: Part | None, asked: bool) -> m.Train | m.Evaluate | m.Finish:
+        """``asked``: the push did."""
+        if part is None and not asked:
             self.send(self.view.lead, m.Ask(self.epoch, done))
-        else:
+        elif part is not None:
             self.send(self.view.lead, m.Ask(self.epoch, None, part.part, part.number), [part.sums])
         return cast(m.Train | m.Evaluate | m.Finish, self.expect((m.Train, m.Evaluate, m.Finish)))
 
-    def pull(self, version: int) -> list[int]:
-        """The shards' values, at that version or later, are in ``values``; which have changed."""
-        for shard, chain in enumerate(self.view.chains):
-            self.send(chain[0], m.Pull(self.epoch, shard, version, self.has[shard]))
-        changed = []
-        for _ in self.flats:
+    def pull(self, version: int, given: int = -1) -> list[int]:
+        """The shards' values, at that version or later, are in ``values``, where they have changed; which have. ``given``: the first's came with the
+        order."""
+        asked = range(1 if given >= 0 else 0, len(self.flats))
+        for shard in asked:
+            self.send(self.view.chains[shard][0], m.Pull(self.epoch, shard, version, self.has[shard]))
+        for _ in asked:
             values = self.expect(m.Values)
-            if values.version != self.has[values.shard]:
-                changed.append(values.shard)
-                self.has[values.shard] = values.version
-        return changed
+            self.has[values.shard] = values.version
+        if given >= 0:
+            self.has[0] = given
+        return sorted(self.values)
+
+    def begin(self) -> list[Bytes]:
+        """Memory for the gradients that are pushed next; what was pushed before may still be read."""
+        self.grads = [buffers.take() for buffers in self.buffers]
+        return self.grads
 
     def look(self, shard: int, table: int, places: torch.Tensor, version: int) -> torch.Tensor:
         """Rows of a shard's table, (K, width)."""
@@ -307,16 +327,24 @@ class Desk:
         weight: float,
         absent: Sequence[list[int]],
         rows: Sequence[Sequence[SomeRows]],
-    ) -> None:
-        """``grads``, and rows of tables, are with all servers."""
+        done: m.Done,
+    ) -> bool:
+        """``grads``, and rows of tables, are with all servers; whether that was said with the push, and more asked for."""
+        alone = len(self.flats) == 1
         for shard, memory in enumerate(self.grads):
             counts = [len(each.places) for each in rows[shard]]
-            push = m.Push(self.epoch, shard, batch, share, self.has[shard], weight, absent[shard], counts)
+            told = done if alone else None
+            push = m.Push(self.epoch, shard, batch, share, self.has[shard], weight, absent[shard], counts, told)
             payload = [each.places for each in rows[shard]] + [each.values for each in rows[shard]]
             numbers = [t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in payload]
-            self.send(self.view.chains[shard][0], push, [memory.data, *numbers])
-        for _ in self.flats:
-            self.expect(m.Ack)
+            sending = self.send(self.view.chains[shard][0], push, [memory.data, *numbers])
+            if sending is not None:
+                self.buffers[shard].sent(memory, sending)
+            self.buffers[shard].leave(memory)
+        if not alone:
+            for _ in self.flats:
+                self.expect(m.Ack)
+        return alone
 
 
 class Part(NamedTuple):
@@ -340,30 +368,27 @@ class Carrier:
 
     def __init__(self, replica: Borrower, desk: Desk) -> None:
         self.replica, self.desk = replica, desk
-        self.memories: list[Bytes] | None = None
-        self.values: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-        self.grads = [flat.views(memory) for flat, memory in zip(desk.flats, desk.grads, strict=True)]
         self.running = list(replica.running.values())
+        self._read = [torch.zeros_like(buffer) for buffer in self.running]
 
     @torch.no_grad()
     def take(self, shards: Sequence[int]) -> None:
-        """What came of them, into the model."""
-        if self.memories is not self.desk.values:
-            self.memories = self.desk.values
-            self.values = [flat.views(memory) for flat, memory in zip(self.desk.flats, self.memories, strict=True)]
+        """What came of them, into the model; nothing of what came is looked at afterwards."""
         for shard in shards:
-            pieces, _ = self.values[shard]
-            targets = [flat_of(self.replica.params[p.name])[p.start : p.stop] for p in self.desk.flats[shard].pieces]
-            if targets:
-                torch._foreach_copy_(targets, pieces)
-        for buffer, value in zip(self.running, self.values[0][1], strict=True):  # our own last share has moved them
-            buffer.copy_(value.view(buffer.shape))
+            flat = self.desk.flats[shard]
+            pieces, running = flat.views(self.desk.values.pop(shard))
+            copy_all([flat_of(self.replica.params[p.name])[p.start : p.stop] for p in flat.pieces], pieces)
+            for kept, value in zip(self._read, running, strict=False):
+                kept.copy_(value.view(kept.shape))
+        for buffer, kept in zip(self.running, self._read, strict=True):  # our own last share has moved them
+            buffer.copy_(kept)
 
     @torch.no_grad()
     def give(self, update: Update) -> list[list[int]]:
         """The gradients, to where they are pushed from; the places of those that are missing, by server."""
         missing = []
-        for flat, (pieces, running) in zip(self.desk.flats, self.grads, strict=True):
+        for flat, memory in zip(self.desk.flats, self.desk.begin(), strict=True):
+            pieces, running = flat.views(memory)
             absent, sources, targets = [], [], []
             for k, (piece, target) in enumerate(zip(flat.pieces, pieces, strict=True)):
                 entry = update.entries.get(piece.name)
@@ -373,8 +398,7 @@ class Carrier:
                 else:
                     sources.append(cast(Dense, entry).tensor.reshape(-1)[piece.start : piece.stop])
                     targets.append(target)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            copy_all(targets, sources)
             for buffer, target in zip(self.running, running, strict=False):
                 target.copy_(buffer.reshape(-1))
             missing.append(absent)
@@ -451,8 +475,11 @@ def work(ctx: Context) -> Iterator[SafePoint]:
     desk = Desk(ctx, flats(cast(ParameterServer, ctx.pattern), ctx.facts))
     replica = Borrower(ctx)
     carrier, looker = Carrier(replica, desk), Looker(replica, desk)
+    pattern = cast(ParameterServer, ctx.pattern)
+    runs_ahead = pattern.staleness != 0 or pattern.backup_workers > 0
     done: m.Done | None = None
     part: Part | None = None
+    asked_too = False
     step = ctx.resume.step if ctx.resume else 0
     try:
         nbytes = sum(t.nbytes for t in untrained(replica.model, ctx.facts))
@@ -460,12 +487,14 @@ def work(ctx: Context) -> Iterator[SafePoint]:
         while not desk.over:
             begun, sent, messages = time.perf_counter(), desk.bytes_sent, desk.messages
             try:
-                order = desk.ask(done, part)
-                done = part = None
+                order = desk.ask(done, part, asked_too)
+                done, part, asked_too = None, None, False
                 asked = time.perf_counter()
                 if isinstance(order, m.Finish):
                     return
-                carrier.take(desk.pull(order.version))
+                carrier.take(desk.pull(order.version, order.given if isinstance(order, m.Train) else -1))
+                if runs_ahead:  # what was read is given back before others' shares are applied
+                    desk.endpoint.look((), "a look")
                 pulled = time.perf_counter()
                 looker.begin(order.version)
                 if isinstance(order, m.Evaluate):
@@ -482,11 +511,11 @@ def work(ctx: Context) -> Iterator[SafePoint]:
                     )
                 absent = carrier.give(update)
                 computed = time.perf_counter()
-                desk.push(order.batch, order.share, weight, absent, looker.rows(update))
+                done = m.Done(order.batch, order.share, min(desk.has), loss, weight, replica.drawn_in_all)
+                asked_too = desk.push(order.batch, order.share, weight, absent, looker.rows(update), done)
             except Redo:
-                done = part = None
+                done, part, asked_too = None, None, False
                 continue
-            done = m.Done(order.batch, order.share, min(desk.has), loss, weight, replica.drawn_in_all)
             step = max(step, order.batch + 1)
             report.losses, report.weights, report.examples = [], [], 0  # the lead tells these of all
             report.wait_s, report.exchange_s = asked - begun, pulled - asked + time.perf_counter() - computed

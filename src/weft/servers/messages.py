@@ -9,7 +9,8 @@
 
 A push is held until the lead, which hears from the worker that all servers have it, closes its batch: so all servers apply the same
 shares in the same order, each share once, and nothing of a batch that is refused. Every message is of an ``epoch`` (views.py); one of
-another epoch is not taken.
+another epoch is not taken. With one server a push says that it has all, too, and asks: what it is answered by is the next Train, with the values
+as they are now, so that a share takes one question and one answer.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class Ask(Message, frozen=True):
 
 
 class Train(Message, frozen=True):
-    """Share ``share`` of batch ``batch``, at ``version`` or a later one."""
+    """Share ``share`` of batch ``batch``, at ``version`` or a later one. ``given``: the version of shard 0, if the lead serves it and is there: its values
+    come along, unless the worker has them. It is as if they had been pulled."""
 
     epoch: int
     batch: int
     share: int
     version: int
+    given: int = -1
 
 
 class Evaluate(Message, frozen=True):
@@ -111,7 +114,7 @@ class Rows(Message, frozen=True):
 
 class Push(Message, frozen=True):
     """Gradients of a share, computed at ``version``. ``absent``: places of pieces that no example touched. ``rows``: how many of each table,
-    whose places (int64) and values follow in the payload, table by table."""
+    whose places (int64) and values follow in the payload, table by table. ``done``, to the only server: no Ack is sent, but what is to be done next."""
 
     epoch: int
     shard: int
@@ -121,6 +124,7 @@ class Push(Message, frozen=True):
     weight: float
     absent: list[int] = []
     rows: list[int] = []
+    done: Done | None = None
 
 
 class Refused(Message, frozen=True):

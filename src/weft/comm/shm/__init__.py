@@ -8,10 +8,13 @@ sync. Ordinary tensors pass through a scratch area and cost a copy in and a copy
 The order of stores is all that guards the memory: a rank stores its data, then its counter; who sees the counter sees
 the data. x86-64 keeps that order without fences (Intel SDM 3A, 8.2.2), other machines do not: see ``supported``.
 
+Endpoints of one host exchange large payloads through the same kind of map (endpoint.py).
+
 Read region.py (the memory), link.py (calls, syncs, errors), plan.py (what a call does where), arrays.py (the sums).
 """
 
+from weft.comm.shm.endpoint import ShmEndpoint
 from weft.comm.shm.link import ShmLink
 from weft.comm.shm.region import Region, supported
 
-__all__ = ["Region", "ShmLink", "supported"]
+__all__ = ["Region", "ShmEndpoint", "ShmLink", "supported"]

@@ -21,7 +21,8 @@ SCRATCH = 2 << 20  # tensors outside the heap pass through in pieces of this man
 ARRIVED, SIGNATURE, LENGTH, PID, CLOSED = 0, 1, 3, 5, 6  # the first line, written by the rank
 GAVE_UP = 7  # in it too: the first sync that a rank which left with an error did not pass
 DEAD = 8  # the second line, written by its supervisor
-TEXT, TEXT_BYTES = 2 * LINE, 512  # byte offset: what the rank calls, again a pair
+TAKEN = 16  # the third line, of an endpoint: how many bytes of the heap are allocated
+TEXT, TEXT_BYTES = 3 * LINE, 512  # byte offset: what the rank calls, again a pair
 LAST_WORDS = TEXT + 2 * TEXT_BYTES  # byte offset, to the end of the page: the error with which the rank left
 
 BROKEN = 0  # word of the page for all: 1 + the rank that left with an error
